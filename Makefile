@@ -1,0 +1,38 @@
+# make demo  - install into .venv and walk the whole pipeline on the tiny Llama 3
+# make test  - install into .venv and run the tests
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo test check bench seeds wheel clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/align run recipes/tiny/pipeline.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  # side by side with what align stands on; results in benchmarks/results/
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/generation.py
+
+seeds: $(READY)  # the quality claims: the tiny pipeline over three seeds (about 20 minutes)
+	$(BIN)/python benchmarks/seeds.py
+
+wheel: $(READY)
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Recipes: typed sections, loading with lines and origins, schema."""

@@ -1,0 +1,249 @@
+"""Chats and plain texts as the template writes them, and which characters the model writes itself.
+
+Nothing here is a token yet. Templates are only ever rendered, never read, so one without
+`{% generation %}` markers serves as well as one with them.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from align.errors import Problem
+from align.models.tokenizer import ChatFacts, chat_facts, render_marked
+
+Turns = Sequence[Mapping[str, str]]
+"""Messages, each with `role` and `content`."""
+Span = tuple[int, int]
+"""Start and end."""
+
+STAND_INS = range(0xF0000, 0xF1000)
+"""Private code points, one of which stands for the control tokens written in a row's contents."""
+
+
+@dataclass(frozen=True, slots=True)
+class Protected:
+    """Control tokens that someone wrote in a message, taken out while the template is rendered."""
+
+    mark: str = ""
+    originals: tuple[str, ...] = ()
+
+    def restore(self, text: str) -> str:
+        """The text with the originals back in their places."""
+        if not self.originals:
+            return text
+        stand_in = re.compile(f"{self.mark}([0-9]+){self.mark}")
+        return stand_in.sub(lambda match: self.originals[int(match[1])], text)
+
+
+@dataclass(slots=True)
+class Layout:
+    """A text whose token ids are wanted, and what is known of its characters."""
+
+    text: str
+    control: tuple[int, ...]
+    """The control tokens that have to come out, in their order."""
+    spans: list[Span] = field(default_factory=list)
+    """Characters that the model writes itself."""
+    protected: Protected = Protected()
+    follows: bool = True
+    """Whether every span begins exactly where a generation prompt ends."""
+
+
+def protect(contents: Sequence[str], pattern: re.Pattern[str]) -> tuple[list[str], Protected]:
+    """Put a stand-in for every control token in the contents of one row."""
+    if not any(pattern.search(content) for content in contents):
+        return list(contents), Protected()
+    together = "".join(contents)
+    mark = next(chr(code) for code in STAND_INS if chr(code) not in together)
+    originals: list[str] = []
+
+    def stand_in(match: re.Match[str]) -> str:
+        originals.append(match.group())
+        return f"{mark}{len(originals) - 1}{mark}"
+
+    taken = [pattern.sub(stand_in, content) for content in contents]
+    return taken, Protected(mark, tuple(originals))
+
+
+class Typesetter:
+    """Lays out rows in batches for one tokenizer. A row that the template refuses gives a Problem."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.facts: ChatFacts = chat_facts(tokenizer)
+        self._skeletons: dict[tuple[object, ...], tuple[int, ...]] = {}
+
+    def plain(self, text: str, completion: str | None = None) -> Layout:
+        """Begin token and text, then, where there is one, the completion and the end token.
+
+        The completion with its end token is the span. A begin or end token that the row already
+        carries in these places is not doubled.
+        """
+        begin, end = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
+        parts = [text.removeprefix(begin)]
+        parts += [] if completion is None else [completion.removesuffix(end)]
+        (head, *tail), protected = protect(parts, self.facts.pattern)
+        written = (begin, end) if tail else (begin,)
+        control = tuple(self.facts.control[token] for token in written if token)
+        if not tail:
+            return Layout(begin + head, control, protected=protected)
+        start, whole = len(begin + head), begin + head + tail[0] + end
+        return Layout(whole, control, [(start, len(whole))], protected)
+
+    def prompts(self, chats: Sequence[Turns]) -> list[Layout | Problem]:
+        """Chats up to where the answer begins."""
+        protected = [self._protect(chat) for chat in chats]
+        rendered = self._render([chat for chat, _ in protected], opened=True)
+        return [
+            result
+            if isinstance(result, Problem)
+            else Layout(result[0], self._skeleton(chat, opened=True), protected=kept)
+            for (chat, kept), result in zip(protected, rendered, strict=True)
+        ]
+
+    def chats(
+        self, chats: Sequence[Turns], first: Sequence[int] | None = None
+    ) -> list[Layout | Problem]:
+        """Whole chats, with a span for each assistant turn from message `first` of the row on.
+
+        A turn begins where the chat before it, rendered with the generation prompt, ends, and it ends
+        behind the token that ends it.
+        """
+        first = first or [0] * len(chats)
+        protected = [self._protect(chat) for chat in chats]
+        turns = [chat for chat, _ in protected]
+        rendered = self._render(turns, markers=self.facts.has_markers)
+        prefixes = self._prefixes(turns, first)
+        layouts: list[Layout | Problem] = []
+        for chat, start, result, (_, kept), before in zip(
+            turns, first, rendered, protected, prefixes, strict=True
+        ):
+            if isinstance(result, Problem):
+                layouts.append(result)
+                continue
+            text, marked = result
+            layout = Layout(text, self._skeleton(chat), protected=kept)
+            problem = self._find_turns(layout, chat, before)
+            if problem is None and self.facts.has_markers and start == 0:
+                problem = self._compare(layout, marked)
+            layouts.append(problem or layout)
+        return layouts
+
+    def _protect(self, chat: Turns) -> tuple[list[dict[str, str]], Protected]:
+        contents, protected = protect([turn["content"] for turn in chat], self.facts.pattern)
+        pairs = zip(chat, contents, strict=True)
+        return [{"role": turn["role"], "content": content} for turn, content in pairs], protected
+
+    def _prefixes(
+        self, chats: Sequence[Turns], first: Sequence[int]
+    ) -> list[dict[int, str | None]]:
+        """For each chat: assistant turn -> the text in front of it, as a prompt; None where there is none."""
+        found: list[dict[int, str | None]] = [
+            {turn: None for turn in range(start, len(chat)) if chat[turn]["role"] == "assistant"}
+            for chat, start in zip(chats, first, strict=True)
+        ]
+        places = [(row, turn) for row, turns in enumerate(found) for turn in turns if turn > 0]
+        prompts = self._render([chats[row][:turn] for row, turn in places], opened=True)
+        for (row, turn), result in zip(places, prompts, strict=True):
+            found[row][turn] = None if isinstance(result, Problem) else result[0]
+        return found
+
+    def _find_turns(
+        self, layout: Layout, chat: Turns, prefixes: Mapping[int, str | None]
+    ) -> Problem | None:
+        text, cursor = layout.text, 0
+        for turn, prefix in prefixes.items():
+            content = chat[turn]["content"].strip()
+            if prefix is not None and text.startswith(prefix):
+                start = len(prefix)
+            else:
+                # The template writes the earlier turns differently once the chat goes on.
+                start, layout.follows = text.find(content, cursor), False
+            written = text.find(content, max(start, cursor))
+            if start < 0 or written < 0:
+                return Problem(
+                    f"the chat template leaves out or changes the answer in message {turn + 1}",
+                    hint="give a template that writes every answer with model.chat_template_path",
+                )
+            cursor = written + len(content)
+            end = self.facts.pattern.search(text, cursor)
+            if end and end.group() in self.facts.turn_ends:
+                cursor = end.end()
+            layout.spans.append((start, cursor))
+        return None
+
+    def _compare(self, layout: Layout, marked: Sequence[Span]) -> Problem | None:
+        """What is wrong with the template's own markers, if they mark other text than was found.
+
+        They may leave out the token that ends a turn, or hold white space or the end of text behind it.
+        """
+        ends = re.compile("|".join(map(re.escape, [*self.facts.turn_ends, self.tokenizer.eos_token or ""])))
+        for some, others in ((layout.spans, marked), (marked, layout.spans)):
+            for start, end in _outside(some, others):
+                if rest := ends.sub("", layout.text[start:end]).strip():
+                    return Problem(
+                        "the chat template's {% generation %} markers hold other text than its "
+                        f"assistant turns: they differ by {rest[:60]!r}",
+                        hint="mend the markers, or take them out of the template",
+                    )
+        return None
+
+    def _render(
+        self, chats: Sequence[Turns], *, markers: bool = False, opened: bool = False
+    ) -> list[tuple[str, list[Span]] | Problem]:
+        if not chats:
+            return []
+        if self.tokenizer.chat_template is None:
+            problem = Problem(
+                "the rows are chats, and the tokenizer has no chat template",
+                hint="give one with model.chat_template_path (`llama3`, or a Jinja file)",
+            )
+            return [problem] * len(chats)
+        try:
+            texts, spans = render_marked(
+                self.tokenizer, chats, markers=markers, add_generation_prompt=opened
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            if len(chats) == 1:
+                return [_refusal(chats[0], error)]
+            alone = (self._render([chat], markers=markers, opened=opened) for chat in chats)
+            return [result for results in alone for result in results]
+        return list(zip(texts, spans or [[]] * len(texts), strict=True))
+
+    def _skeleton(self, chat: Turns, *, opened: bool = False) -> tuple[int, ...]:
+        """The control tokens that the template writes for turns of these roles, whatever they say."""
+        shape = tuple((turn["role"], bool(turn["content"].strip())) for turn in chat)
+        key = (opened, shape)
+        if key not in self._skeletons:
+            neutral = [{"role": role, "content": "x" if filled else ""} for role, filled in shape]
+            result = self._render([neutral], opened=opened)[0]
+            text = "" if isinstance(result, Problem) else result[0]
+            tokens = self.facts.pattern.findall(text)
+            self._skeletons[key] = tuple(self.facts.control[token] for token in tokens)
+        return self._skeletons[key]
+
+
+def _outside(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:
+    """The parts of `spans` that no span of `others` covers; both ascending and without overlaps."""
+    rest = []
+    for start, end in spans:
+        for low, high in others:
+            if high <= start or low >= end:
+                continue
+            if low > start:
+                rest.append((start, low))
+            start = max(start, high)
+        if start < end:
+            rest.append((start, end))
+    return rest
+
+
+def _refusal(chat: Turns, error: Exception) -> Problem:
+    roles = " -> ".join(turn["role"] for turn in chat[:8])
+    hint = "change the row, or give another template with model.chat_template_path"
+    if any(turn["role"] == "system" for turn in chat):
+        hint += "; some templates take no system turn (data.system_prompt adds one)"
+    return Problem(f"the chat template refuses these turns ({roles}): {error}", hint=hint)

@@ -1,0 +1,118 @@
+"""What a run ran on: versions, hardware, launch, command line. Imports no heavy library."""
+
+import os
+import platform
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = (
+    "align",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pyarrow",
+    "pydantic",
+)
+
+LAUNCH_VARIABLES = (
+    "WORLD_SIZE",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_MIXED_PRECISION",
+    "SLURM_JOB_ID",
+)
+
+SECRET = re.compile(
+    r"hf_[A-Za-z0-9]{8,}"
+    r"|gh[pousr]_[A-Za-z0-9]{16,}"
+    r"|github_pat_\w{16,}"
+    r"|sk-[A-Za-z0-9_-]{16,}"
+    r"|AKIA[A-Z0-9]{16}"
+)
+"""Keys of Hugging Face, GitHub, AWS, and those that begin with `sk-`."""
+
+SECRET_NAME = r"[\w.-]*(?:(?:hub|access|auth|hf)[_-]?token|api[_-]?key|password|secret)"
+
+SECRET_OPTION = re.compile(rf"(?i)({SECRET_NAME}=)(\S+)")
+
+SECRET_FLAG = re.compile(rf"(?i)^--?{SECRET_NAME}$")
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and prints (rank 0)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def world_size() -> int:
+    """Processes of this launch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def scrub(text: str) -> str:
+    """Text with everything that looks like an access token replaced by `<secret>`."""
+    return SECRET.sub("<secret>", SECRET_OPTION.sub(r"\1<secret>", text))
+
+
+def scrub_arguments(arguments: list[str]) -> list[str]:
+    """A command line without access tokens, also where a flag and its value are two words."""
+    shown: list[str] = []
+    for argument in arguments:
+        hidden = shown and SECRET_FLAG.match(shown[-1])
+        shown.append("<secret>" if hidden else scrub(argument))
+    return shown
+
+
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _first_match(file: str, pattern: str) -> str | None:
+    try:
+        found = re.search(pattern, Path(file).read_text(encoding="utf-8", errors="replace"), re.M)
+    except OSError:
+        return None
+    return found.group(1).strip() if found else None
+
+
+def _accelerators() -> list[dict[str, Any]]:
+    """The GPUs as torch sees them; empty where torch is not loaded (it is not loaded for this)."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    found = []
+    for number in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(number)
+        found.append({"name": facts.name, "memory_bytes": facts.total_memory})
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and launch of this process, as JSON values."""
+    memory = _first_match("/proc/meminfo", r"^MemTotal:\s+(\d+) kB")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpu": _first_match("/proc/cpuinfo", r"^model name\s*:(.*)$") or platform.processor(),
+        "cpu_cores": os.cpu_count(),
+        "memory_bytes": int(memory) * 1024 if memory else None,
+        "accelerators": _accelerators(),
+        "versions": {name: found for name in LIBRARIES if (found := _version(name))},
+        "launch": {name: os.environ[name] for name in LAUNCH_VARIABLES if name in os.environ},
+        "command": scrub_arguments(sys.argv),
+    }

@@ -1,0 +1,35 @@
+"""Errors that are answers: what is wrong, where, and the way out."""
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing a user has to mend."""
+
+    message: str
+    where: str | None = None
+    """`file:line`, `file row 3`, a key or a folder."""
+    hint: str | None = None
+    """The way out, as an imperative."""
+
+    def __str__(self) -> str:
+        where = f"{self.where}: " if self.where else ""
+        hint = f"\n    {self.hint}" if self.hint else ""
+        return f"{where}{self.message}{hint}"
+
+
+class AlignError(Exception):
+    """A user's mistake or a refusal to go on: shown on one screen, exit code 2, no traceback."""
+
+    exit_code = 2
+
+    def __init__(self, *problems: Problem) -> None:
+        self.problems = problems
+        super().__init__("\n".join(str(problem) for problem in problems))
+
+
+def fail(message: str, *, where: str | None = None, hint: str | None = None) -> NoReturn:
+    """Raise an AlignError with a single problem."""
+    raise AlignError(Problem(message, where, hint))

@@ -1,0 +1,1 @@
+"""Batched sampling with shared prompts, and scoring by a reward model."""

@@ -1,0 +1,212 @@
+"""Samples completions of many prompts: each prompt is computed once, finished rows make room."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from align.errors import fail
+from align.generation.draws import Decoding, choose, uniforms
+from align.generation.slots import Finished, Request, SlotBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer."""
+
+    ids: list[int]
+    """Its tokens, without the stop token."""
+    ended: bool
+    """Whether it ended by itself and not at the limit."""
+    stop_id: int | None = None
+    """The token that ended it."""
+
+    @property
+    def all_ids(self) -> list[int]:
+        """The tokens with the stop token, if there was one."""
+        return self.ids if self.stop_id is None else [*self.ids, self.stop_id]
+
+
+def sample_completions(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    num_generations: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    batch_size: int = 64,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[list[Completion]]:
+    """Draw `num_generations` completions of each prompt.
+
+    What is drawn depends on the seed, the prompt's index and the number of the sample only: another
+    batch size, more samples, a part of the prompts or another number of processes give the same
+    text, up to ties of floating-point numbers.
+
+    Args:
+        model: causal language model, or a PeftModel of one; its mode is put back afterwards.
+        prompts: token ids of each prompt, none empty.
+        max_new_tokens: a completion without a stop token is cut here.
+        stop_ids: every token that ends a completion.
+        pad_id: fills short prompts on the left, behind a mask.
+        num_generations: samples per prompt.
+        temperature: 0 is greedy; all samples of a prompt are then the same one.
+        top_p: nucleus, as in transformers; 1 keeps all tokens.
+        top_k: as in transformers, in front of `top_p`; 0 keeps all tokens.
+        batch_size: completions written at once. A prompt is computed once, or once for each
+            `batch_size` of its samples.
+        seed: seed of the draws.
+        indices: each prompt's index where the prompts are a part of a whole; 0, 1, ... when unset.
+        on_progress: called with the completions and the tokens written so far.
+
+    Returns:
+        For each prompt its completions, in the order of the prompts and of the samples.
+    """
+    decoding = Decoding(max_new_tokens, tuple(stop_ids), temperature, top_p, top_k)
+    drawn = 1 if decoding.greedy else num_generations
+    row_of: dict[int, int] = {}
+    requests = []
+    for row, prompt in enumerate(prompts):
+        index = row if indices is None else indices[row]
+        if not prompt:
+            fail("the prompt has no tokens, so nothing can follow it", where=f"row {index + 1}")
+        row_of[index] = row
+        for first in range(0, drawn, batch_size):
+            last = min(first + batch_size, drawn)
+            requests.append(Request(index, prompt, range(first, last)))
+    found: list[list[Any]] = [[None] * drawn for _ in prompts]
+    written = 0
+    with inference(model):
+        writer = _in_slots if has_attention_caches(model) else _with_generate
+        texts = writer(model, requests, decoding, batch_size=batch_size, pad_id=pad_id, seed=seed)
+        for count, one in enumerate(texts, start=1):
+            found[row_of[one.index]][one.sample] = _completion(one.ids, decoding)
+            written += len(one.ids)
+            if on_progress:
+                on_progress(count, written)
+    return [row * (num_generations // drawn) for row in found]
+
+
+@contextmanager
+def inference(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode is put back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def has_attention_caches(model: Any) -> bool:
+    """Whether every layer caches keys and values, so that the rows of its cache can be copied."""
+    config = model.config
+    if config.is_encoder_decoder or getattr(model, "active_peft_config", None) is not None and (
+        model.active_peft_config.is_prompt_learning
+    ):
+        return False
+    if getattr(unwrapped(model), "_is_stateful", False):
+        return False
+    layers = DynamicCache(config=config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a PeftModel (adapters act inside its layers), or the model."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _completion(ids: list[int], decoding: Decoding) -> Completion:
+    ended = ids[-1] in decoding.stop_ids
+    return Completion(ids[:-1], True, ids[-1]) if ended else Completion(ids, False)
+
+
+def _in_slots(
+    model: Any,
+    requests: list[Request],
+    decoding: Decoding,
+    *,
+    batch_size: int,
+    pad_id: int,
+    seed: int,
+) -> Iterator[Finished]:
+    batch = SlotBatch(
+        unwrapped(model), decoding, batch_size=batch_size, pad_id=pad_id, seed=seed
+    )
+    return batch.run(requests)
+
+
+class _Chosen(LogitsProcessor):  # type: ignore[misc]
+    """Leaves only the token that our own draw chooses, so that greedy generation takes it."""
+
+    def __init__(self, uniform: torch.Tensor, decoding: Decoding, prompt_length: int) -> None:
+        self.uniform, self.decoding, self.prompt_length = uniform, decoding, prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = input_ids.shape[1] - self.prompt_length
+        token = choose(scores, self.uniform[:, step], self.decoding)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
+
+
+def _with_generate(
+    model: Any,
+    requests: list[Request],
+    decoding: Decoding,
+    *,
+    batch_size: int,
+    pad_id: int,
+    seed: int,
+) -> Iterator[Finished]:
+    """The same draws through `generate`, for caches that cannot be copied row by row.
+
+    Recurrent states know no padding, so a batch holds prompts of one length; a prompt is computed
+    once for each sample.
+    """
+    device = next(model.parameters()).device
+    config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(decoding.stop_ids),
+        pad_token_id=pad_id,
+    )
+    base = unwrapped(model)
+    # Whatever the checkpoint asks for (a repetition penalty, say) is not part of these draws.
+    asked, base.generation_config = base.generation_config, config
+    try:
+        ordered = sorted(requests, key=lambda request: len(request.ids))
+        for length, same in groupby(ordered, key=lambda request: len(request.ids)):
+            places = [(r, sample) for r in same for sample in r.samples]
+            for first in range(0, len(places), batch_size):
+                part = places[first : first + batch_size]
+                owners = [(request.index, sample) for request, sample in part]
+                ids = torch.tensor([list(request.ids) for request, _ in part], device=device)
+                uniform = uniforms(seed, owners, decoding.max_new_tokens).to(device)
+                output = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList([_Chosen(uniform, decoding, length)]),
+                )
+                for owner, tokens in zip(owners, output[:, length:].tolist(), strict=True):
+                    yield Finished(*owner, _until_stop(tokens, decoding.stop_ids))
+    finally:
+        base.generation_config = asked
+
+
+def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """The tokens up to and with the first stop token; what follows is padding."""
+    ends = (at for at, token in enumerate(tokens, start=1) if token in stop_ids)
+    return tokens[: next(ends, len(tokens))]

@@ -1,0 +1,263 @@
+"""Where a result comes from: content hashes of inputs and code, and the fingerprint of a stage.
+
+A fingerprint says "the same result would come out again". It covers the resolved recipe, the
+content of every input (not its path) and the code of the rooms that the stage uses. It leaves out
+what only changes how long the stage runs, what it prints, or where it writes.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from align.config.sections import StageConfig
+from align.durable import read_json, write_json
+
+NOT_IN_RESULT = (
+    "output_dir",
+    "launch.accelerate",
+    "data.dataset_num_proc",
+    "trainer.dataloader_num_workers",
+    "trainer.gradient_checkpointing",
+    "trainer.per_device_eval_batch_size",
+    "trainer.eval_strategy",
+    "trainer.eval_steps",
+    "trainer.logging_steps",
+    "trainer.save_steps",
+    "trainer.save_total_limit",
+    "trainer.report_to",
+)
+"""Keys that change the speed, the log or the place of a run, and not its artifact."""
+
+BATCH = (
+    "trainer.per_device_train_batch_size",
+    "trainer.gradient_accumulation_steps",
+    "launch.num_processes",
+)
+"""Only their product, the rows per optimizer step, is in the fingerprint."""
+
+MODEL_KEYS = (
+    "model.model_name_or_path",
+    "model.adapter_name_or_path",
+    "model.tokenizer_name_or_path",
+    "scorer.reward_model",
+    "reward_model",
+    "models.*",
+)
+"""Keys that name a model folder or a Hub id."""
+
+DATA_KEYS = ("data.dataset_name", "data.datasets.*.path")
+"""Keys that name rows: a file, a folder, a shipped card or a Hub id."""
+
+FILE_KEYS = ("model.chat_template_path",)
+"""Keys that name a file, or something that ships under a short name."""
+
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+"""The files of a model folder that decide what it answers (a README does not)."""
+
+ROOMS = {
+    "sft": ("data", "models", "training"),
+    "reward": ("data", "models", "training"),
+    "dpo": ("data", "models", "training"),
+    "sample": ("data", "models", "generation", "evaluation", "tiny"),
+    "eval": ("data", "models", "generation", "evaluation", "tiny"),
+}
+"""Packages whose code decides a stage's result; a stage not named here depends on all of them."""
+
+NOT_IN_CODE = ("training/callbacks.py", "training/checkpoints.py", "tiny/pretrain.py")
+"""Files of those packages that watch, save or prepare, and change no result."""
+
+CACHED_FROM = 64 * 2**20
+"""Hashes of files from this size on are remembered; smaller files take milliseconds."""
+
+
+def _cache_file() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "align" / "hashes.json"
+
+
+def read_sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content, remembered for large files that did not change since.
+
+    "Did not change" means: the same inode, size, mtime and ctime. ctime cannot be set back, so a
+    file that was replaced under its old date is read again.
+    """
+    stat = path.stat()
+    if stat.st_size < CACHED_FROM:
+        return read_sha256(path)
+    key = str(path.resolve())
+    mark = [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    known = read_json(_cache_file()) or {}
+    if isinstance(known.get(key), dict) and known[key].get("mark") == mark:
+        return str(known[key]["sha256"])
+    digest = read_sha256(path)
+    # A file written within the clock's grain may change once more without a trace.
+    if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2 * 10**9:
+        try:
+            _cache_file().parent.mkdir(parents=True, exist_ok=True)
+            write_json(_cache_file(), known | {key: {"mark": mark, "sha256": digest}})
+        except OSError:
+            pass  # a cache that cannot be written costs time, not correctness
+    return digest
+
+
+def folder_files(folder: Path, *patterns: str) -> Iterator[Path]:
+    """Files below `folder` in a fixed order, no hidden ones; all, or those of some patterns."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and (not patterns or _any(path.name, patterns)):
+            yield path
+
+
+def _any(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def file_digests(folder: Path, *patterns: str) -> dict[str, str]:
+    """Relative path -> sha256 for the files of a folder."""
+    return {
+        path.relative_to(folder).as_posix(): file_sha256(path)
+        for path in folder_files(folder, *patterns)
+    }
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def folder_digest(folder: Path, pattern: str | tuple[str, ...] = ()) -> str:
+    """sha256 over the names and contents of a folder's files (of those that match, if given)."""
+    patterns = (pattern,) if isinstance(pattern, str) else pattern
+    return digest_of(file_digests(folder, *patterns))
+
+
+@cache
+def code_digest(stage: str | None = None) -> str:
+    """sha256 over the sources that decide a stage's result (all result-relevant ones for None)."""
+    root = Path(__file__).parent
+    every = sorted({room for rooms in ROOMS.values() for room in rooms})
+    files = {
+        path.relative_to(root).as_posix(): path
+        for room in ROOMS.get(stage or "", every)
+        for path in sorted((root / room).rglob("*.py"))
+    }
+    return digest_of(
+        {name: read_sha256(path) for name, path in files.items() if name not in NOT_IN_CODE}
+    )
+
+
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every leaf of nested mappings and of lists of mappings."""
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from leaves(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        for number, item in enumerate(value):
+            yield from leaves(item, f"{prefix}.{number}")
+    else:
+        yield prefix, value
+
+
+def _model_input(value: str, revision: str | None) -> dict[str, Any]:
+    folder = Path(value).expanduser()
+    if folder.is_dir():
+        return {"kind": "model folder", "sha256": folder_digest(folder, MODEL_FILES)}
+    return {"kind": "hub model", "revision": revision or "main"}
+
+
+def _file_input(value: str) -> dict[str, Any]:
+    file = Path(value).expanduser()
+    if file.is_file():
+        return {"kind": "file", "sha256": file_sha256(file)}
+    return {"kind": "shipped"}
+
+
+def _data_input(value: str) -> dict[str, Any]:
+    path = Path(value).expanduser()
+    if path.is_dir():
+        return {"kind": "data folder", "sha256": folder_digest(path)}
+    if path.is_file():
+        return {"kind": "data file", "sha256": file_sha256(path)}
+    return {"kind": "hub data"}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is made of: its inputs by content, and the parts of its fingerprint."""
+
+    inputs: dict[str, dict[str, Any]]
+    """Dotted key -> path, kind, and the content's sha256 (or the Hub revision)."""
+    parts: dict[str, Any]
+    """Stage, recipe, inputs and code: what the fingerprint is the hash of."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 that is equal for two runs which give the same result."""
+        return digest_of(self.parts)
+
+
+def _inputs(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in recipe.items():
+        if not isinstance(value, str):
+            continue
+        if _any(key, MODEL_KEYS):
+            revision = recipe.get("model.model_revision") if key.startswith("model.") else None
+            found[key] = {"path": value} | _model_input(value, revision)
+        elif _any(key, DATA_KEYS):
+            found[key] = {"path": value} | _data_input(value)
+        elif _any(key, FILE_KEYS):
+            found[key] = {"path": value} | _file_input(value)
+    return found
+
+
+def identify(config: StageConfig) -> Identity:
+    """Read a config's inputs and say what a run of it is made of."""
+    recipe = dict(leaves(config.model_dump(mode="json")))
+    inputs = _inputs(recipe)
+    if BATCH[0] in recipe:
+        recipe["rows per optimizer step"] = math.prod(int(recipe[key]) for key in BATCH)
+    contents = {}
+    for key, facts in inputs.items():
+        name = recipe.pop(key)
+        contents[key] = facts.get("sha256") or f"{name}@{facts.get('revision', '')}"
+    for key in (*NOT_IN_RESULT, *BATCH):
+        recipe.pop(key, None)
+    stage = str(recipe.get("stage"))
+    parts = {"stage": stage, "recipe": recipe, "inputs": contents, "code": code_digest(stage)}
+    return Identity(inputs, parts)
+
+
+def fingerprint(config: StageConfig) -> str:
+    """sha256 that is equal for two runs of a stage which give the same result."""
+    return identify(config).fingerprint
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What changed between two runs' fingerprint parts, one short phrase each."""
+    changes = []
+    before, after = old.get("recipe", {}), new.get("recipe", {})
+    for key in sorted({*before, *after}):
+        if before.get(key) != after.get(key):
+            changes.append(f"{key}: {before.get(key)} -> {after.get(key)}")
+    before, after = old.get("inputs", {}), new.get("inputs", {})
+    for key in sorted({*before, *after}):
+        if before.get(key) != after.get(key):
+            changes.append(f"{key} has other content")
+    if old.get("code") != new.get("code"):
+        changes.append("align's code for this stage")
+    return changes

@@ -1,0 +1,1 @@
+"""Models, quantization, adapters, tokenizers and the identity of a base."""

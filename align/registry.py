@@ -1,0 +1,81 @@
+"""Names that a recipe may use for functions: judges and pair rules.
+
+A recipe can only name what is registered: text in a file never becomes code. The module behind a name is
+imported when the name is used.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, Literal
+
+from align.config.suggest import nearest
+from align.errors import fail
+
+Judge = Callable[..., dict[str, float]]
+"""`judge(row, completion) -> {"score": float, ...}`."""
+
+PairRule = Callable[..., list[Any]]
+"""`rule(groups, *, seed, ...) -> pairs`."""
+
+JUDGES: dict[str, str | Judge] = {
+    "tiny_world": "align.tiny.judge:judge",
+    "number": "align.evaluation.judges:number",
+    "exact": "align.evaluation.judges:exact",
+}
+"""Judges by name, as functions or as `module:function`."""
+
+PAIR_RULES: dict[str, str | PairRule] = {
+    "best_worst": "align.generation.pairing:best_worst",
+    "best_random": "align.generation.pairing:best_random",
+    "adjacent": "align.generation.pairing:adjacent",
+    "random": "align.generation.pairing:random",
+    "tiny_world": "align.tiny.annotators:annotate",
+}
+"""Pair rules by name, as functions or as `module:function`."""
+
+Kind = Literal["judge", "pair rule"]
+
+
+def registered(kind: Kind) -> dict[str, Any]:
+    """The names of a kind and what is behind them."""
+    return JUDGES if kind == "judge" else PAIR_RULES
+
+
+def check(kind: Kind, name: str) -> str | None:
+    """None for a registered name, else the hint that leads to one."""
+    known = registered(kind)
+    if name in known:
+        return None
+    close = nearest(name, known)
+    return f"did you mean `{close}`?" if close else f"one of {', '.join(sorted(known))}"
+
+
+def resolve(kind: Kind, name: str) -> Callable[..., Any]:
+    """The function behind a name. Raises AlignError for a name that nobody registered."""
+    hint = check(kind, name)
+    if hint is not None:
+        fail(f"no {kind} is called `{name}`", hint=hint)
+    found = registered(kind)[name]
+    if callable(found):
+        function: Callable[..., Any] = found
+        return function
+    module, _, attribute = found.partition(":")
+    function = getattr(import_module(module), attribute)
+    return function
+
+
+def _register(kind: Kind, name: str, function: Callable[..., Any]) -> None:
+    known = registered(kind)
+    if name in known and known[name] is not function:
+        fail(f"a {kind} called `{name}` exists already", hint="choose another name")
+    known[name] = function
+
+
+def register_judge(name: str, function: Judge) -> None:
+    """Make `function(row, completion) -> {"score": ...}` usable as `judge: name`."""
+    _register("judge", name, function)
+
+
+def register_pair_rule(name: str, function: PairRule) -> None:
+    """Make `function(groups, *, seed, ...) -> pairs` usable as `pair_rule: name`."""
+    _register("pair rule", name, function)

@@ -1,0 +1,58 @@
+"""The terminal: where lines go, and how text from models, data and files is made harmless.
+
+Results go to stdout; progress, notes and errors go to stderr, so `--json` and pipes stay clean.
+rich itself respects NO_COLOR, TERM=dumb and COLUMNS.
+"""
+
+import unicodedata
+from functools import cache
+
+from rich.console import Console
+from rich.text import Text
+
+ALLOWED = frozenset("\n\t\u200c\u200d")
+"""Controls that stay: line feed, tab, and the joiners that many scripts and emoji need."""
+
+HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode categories that steer a terminal or reorder a line instead of showing a character."""
+
+
+class _Visible(dict[int, str]):
+    """Code point -> what is shown for it; filled as characters turn up (for `str.translate`)."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        shown = char
+        if char not in ALLOWED and unicodedata.category(char) in HIDDEN:
+            shown = f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+        self[code] = shown
+        return shown
+
+
+_VISIBLE = _Visible()
+
+
+def sanitise(text: str) -> str:
+    """Plain text that cannot steer a terminal: every control is shown as an escape instead.
+
+    C0 and C1 controls (so every ESC sequence, OSC included), bidi controls, invisible format
+    characters, line separators and lone surrogates become `\\x1b`, `\\u202e` and so on; line feeds
+    and tabs stay, CR LF becomes LF. Markup is not touched: put the result into `rich.text.Text`.
+    """
+    if text.isprintable():
+        return text
+    return text.replace("\r\n", "\n").translate(_VISIBLE)
+
+
+@cache
+def console(*, results: bool = False) -> Console:
+    """The console for progress and notes (stderr) or, with `results`, for answers (stdout).
+
+    It reads `sys.stdout` and `sys.stderr` at each print, so redirection after the first call works.
+    """
+    return Console(stderr=not results, highlight=False)
+
+
+def say(text: str, *, style: str = "", results: bool = False) -> None:
+    """Print a line or paragraph of sanitised text; the terminal itself wraps long lines."""
+    console(results=results).print(Text(sanitise(text), style=style), soft_wrap=True)

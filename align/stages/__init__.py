@@ -1,0 +1,10 @@
+"""One stage, one file: its config and a `run` that tells the stage's story. The names are the commands."""
+
+STAGES: dict[str, str] = {
+    "sft": "align.stages.sft:SFTConfig",
+    "reward": "align.stages.reward:RewardConfig",
+    "sample": "align.stages.sample:SampleConfig",
+    "dpo": "align.stages.dpo:DPOConfig",
+    "eval": "align.stages.evaluate:EvalConfig",
+}
+"""Command name -> where the stage's config class is; the module beside it has `run(config, folder)`."""

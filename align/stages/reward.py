@@ -1,0 +1,73 @@
+"""`align reward`: a Bradley-Terry reward model from preference pairs."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from align.config.sections import (
+    DataSection,
+    LoraSection,
+    ModelSection,
+    NonNegativeFloat,
+    PositiveFloat,
+    StageConfig,
+    TrainerSection,
+)
+from align.runs import RunFolder
+
+
+class RewardTrainer(TrainerSection):
+    learning_rate: PositiveFloat = 1e-4
+    """Peak learning rate."""
+
+
+class RewardConfig(StageConfig):
+    """Bradley-Terry reward model on preference pairs."""
+
+    stage: Literal["reward"] = "reward"
+    model: ModelSection
+    lora: LoraSection = Field(default_factory=LoraSection)
+    data: DataSection
+    trainer: RewardTrainer = Field(default_factory=RewardTrainer)
+    center_rewards_coefficient: NonNegativeFloat | None = None
+    """Weight of a term that keeps the rewards around zero (arXiv 2312.09244, eq. 2)."""
+    use_margin: bool = False
+    """Subtract the rows' `margin` in the loss (Llama 2); without it the margin is only used in the report."""
+    merge_adapter: bool = False
+    """Merge the trained adapter into the base, so that the artifact is a full sequence classifier."""
+
+
+def run(config: RewardConfig, folder: RunFolder) -> None:
+    """Fit a scalar head (and an adapter) to preferences, save it, prove that it loads, report."""
+    from transformers import set_seed
+
+    from align.data.rendering import training_rows
+    from align.models.adapters import lora_config
+    from align.models.loading import load_reward_start
+    from align.models.tokenizer import load_tokenizer
+    from align.training.arguments import reward_arguments
+    from align.training.fitting import fit
+    from align.training.reward_model import report, save_and_verify
+    from align.training.trainers import RewardTrainer as Trainer
+
+    set_seed(config.trainer.seed)
+    arguments = reward_arguments(config, folder.checkpoints)
+    tokenizer = load_tokenizer(config.model)
+    rows = training_rows(config.data, tokenizer, "reward")
+    folder.data(rows)
+    columns = [*TOKEN_COLUMNS, "margin"] if config.use_margin else TOKEN_COLUMNS
+    continued = config.model.adapter_mode == "continue" and config.model.adapter_name_or_path
+    trainer = Trainer(
+        model=load_reward_start(config.model, train_base=not config.lora.use_peft),
+        args=arguments,
+        train_dataset=rows.train.select_columns(columns),
+        eval_dataset=rows.test.select_columns(columns) if rows.test else None,
+        processing_class=tokenizer,
+        peft_config=None if continued else lora_config(config.lora, reward=True),
+    )
+    fit(trainer, folder)
+    save_and_verify(trainer, folder, config, tokenizer, rows.test or rows.train)
+    report(trainer, folder, tokenizer, rows)
+
+
+TOKEN_COLUMNS = ["chosen_ids", "rejected_ids"]

@@ -1,0 +1,74 @@
+"""`align sft`: supervised fine-tuning on demonstrations, with LoRA, DoRA, rsLoRA or all parameters."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from align.config.sections import (
+    DataSection,
+    LoraSection,
+    ModelSection,
+    PositiveFloat,
+    StageConfig,
+    TrainerSection,
+)
+from align.runs import RunFolder
+
+
+class SFTData(DataSection):
+    assistant_only_loss: bool = True
+    """Loss on assistant turns only (with their end-of-turn token); `false` puts every token into the loss."""
+    packing: bool = False
+    """Fill sequences of `max_length` with whole rows, without attention between them."""
+
+
+class SFTTrainer(TrainerSection):
+    learning_rate: PositiveFloat = 2e-4
+    """Peak learning rate (2e-4 suits LoRA; full fine-tuning wants about 1e-5)."""
+    loss_type: Literal["nll", "dft"] = "nll"
+    """`nll`, or dynamic fine-tuning (arXiv 2508.05629)."""
+
+
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning on demonstrations."""
+
+    stage: Literal["sft"] = "sft"
+    model: ModelSection
+    lora: LoraSection = Field(default_factory=LoraSection)
+    data: SFTData
+    trainer: SFTTrainer = Field(default_factory=SFTTrainer)
+    merge_adapter: bool = False
+    """Merge the trained adapter into the base, so that the artifact is a full model."""
+
+
+def run(config: SFTConfig, folder: RunFolder) -> None:
+    """Fit a policy to demonstrations and save it as an adapter or a full model."""
+    from transformers import set_seed
+
+    from align.data.rendering import training_rows
+    from align.models.adapters import expose_tied_head, lora_config
+    from align.models.loading import load_policy
+    from align.models.tokenizer import load_tokenizer
+    from align.training.arguments import sft_arguments
+    from align.training.fitting import fit, save_policy
+    from align.training.trainers import SFTTrainer as Trainer
+
+    set_seed(config.trainer.seed)
+    arguments = sft_arguments(config, folder.checkpoints)
+    tokenizer = load_tokenizer(config.model)
+    rows = training_rows(
+        config.data, tokenizer, "sft", assistant_only=config.data.assistant_only_loss
+    )
+    folder.data(rows)
+    continued = config.model.adapter_mode == "continue" and config.model.adapter_name_or_path
+    trainer = Trainer(
+        model=load_policy(config.model, trained=True, train_base=not config.lora.use_peft),
+        args=arguments,
+        train_dataset=rows.train,
+        eval_dataset=rows.test,
+        processing_class=tokenizer,
+        peft_config=None if continued else lora_config(config.lora, tokenizer=tokenizer),
+    )
+    expose_tied_head(trainer.model)
+    fit(trainer, folder)
+    save_policy(trainer, folder, config.model, tokenizer, merge_adapter=config.merge_adapter)

@@ -1,0 +1,1 @@
+"""A small invented world in which every stage of post-training can be judged exactly."""

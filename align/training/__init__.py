@@ -1,0 +1,1 @@
+"""TRL's trainers over rows that are token ids already."""

@@ -1,0 +1,120 @@
+"""What the three training stages share: fit with resume, then save an artifact that loads."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from peft import PeftModel
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
+
+from align.config.sections import ModelSection
+from align.models.adapters import join_adapters, name_base, save_adapter
+from align.models.identity import write_base_identity
+from align.models.loading import load_policy
+from align.models.tokenizer import end_of_turn_ids
+from align.runs import RunFolder
+from align.training.callbacks import training_callbacks
+from align.training.checkpoints import newest_complete_checkpoint
+
+Model = PreTrainedModel | PeftModel
+
+
+def fit(trainer: Trainer, folder: RunFolder) -> dict[str, float]:
+    """Train from the newest complete checkpoint of the run folder, or from the start.
+
+    Returns:
+        The trainer's closing metrics; they are also noted in the run folder.
+    """
+    for callback in training_callbacks(folder, trainer):
+        trainer.add_callback(callback)
+    checkpoint = newest_complete_checkpoint(folder.checkpoints)
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    metrics = {key.removeprefix("train_"): value for key, value in result.metrics.items()}
+    folder.note("loss", metrics.get("loss"))
+    folder.note("steps", trainer.state.global_step)
+    folder.note("tokens", int(getattr(trainer, "_total_train_tokens", 0)))
+    counts = [parameter.numel() for parameter in trainer.model.parameters()]
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    folder.note("parameters", sum(counts))
+    folder.note("trainable_parameters", trained)
+    return metrics
+
+
+def generation_config(model: Model, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Generation settings that end on every id that ends an assistant turn.
+
+    A base model's own settings end on `<|end_of_text|>` alone, while its turns end in
+    `<|eot_id|>`: a chat model saved with them would never stop.
+    """
+    config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end_of_turn_ids(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.generation_config = config
+    return config
+
+
+def save_policy(
+    trainer: Trainer,
+    folder: RunFolder,
+    section: ModelSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    merge_adapter: bool,
+) -> None:
+    """Write the trained policy into the artifact folder: an adapter, or a full model.
+
+    Every rank calls it; the main one writes. The tokenizer, its chat template and the generation
+    settings go with the weights.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    generation = generation_config(model, tokenizer)
+    if not folder.is_main:
+        return
+    artifact = folder.artifact
+    if isinstance(model, PeftModel) and not merge_adapter:
+        _save_as_adapter(model, section, artifact)
+    else:
+        full = _merged(model) if isinstance(model, PeftModel) else model
+        full.save_pretrained(artifact, safe_serialization=True)
+        _drop_base_path(artifact)
+    generation.save_pretrained(artifact)
+    tokenizer.save_pretrained(artifact)
+
+
+def _merged(model: PeftModel) -> PreTrainedModel:
+    if "ref" in model.peft_config:  # TRL's frozen copy of a continued adapter
+        model.delete_adapter("ref")
+    merged: PreTrainedModel = model.merge_and_unload()
+    return merged
+
+
+def _save_as_adapter(model: PeftModel, section: ModelSection, artifact: Path) -> None:
+    base, revision = section.model_name_or_path, section.model_revision
+    old = section.adapter_name_or_path
+    if old is None or section.adapter_mode == "continue":
+        save_adapter(model, artifact, base=base, revision=revision)
+    else:
+        # Trained on base + old adapter: alone, the new one would sit on the wrong weights.
+        with TemporaryDirectory(dir=artifact.parent) as new:
+            save_adapter(model, Path(new), base=base, revision=revision)
+            plain = section.model_copy(update={"adapter_name_or_path": None})
+            join_adapters(load_policy(plain), old, new, artifact)
+        name_base(artifact, base=base, revision=revision)
+    write_base_identity(artifact, base, model.config.to_dict())
+
+
+def _drop_base_path(artifact: Path) -> None:
+    """A saved config needs no `_name_or_path`: it would hold a path of this machine."""
+    file = artifact / "config.json"
+    if file.is_file():
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,169 @@
+"""A reward model's artifact and report: saved with its head, reloaded, re-scored, and examined."""
+
+import json
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from align.data.rendering import RenderedData
+from align.errors import fail
+from align.evaluation.statistics import wilson_interval
+from align.generation.scoring import RewardScorer
+from align.models.adapters import save_adapter
+from align.models.identity import write_base_identity
+from align.models.loading import load_reward_model
+from align.runs import RunFolder
+from align.stages.reward import RewardConfig
+
+Array = NDArray[np.float64]
+
+REPORT_PAIRS = 2000
+"""Pairs scored at most for the report."""
+VERIFIED_PAIRS = 4
+
+
+def score_pairs(scorer: RewardScorer, pairs: Dataset, batch_size: int) -> tuple[Array, Array]:
+    """Rewards of the chosen and the rejected side of every pair, each of shape (pairs,)."""
+    sequences = [*pairs["chosen_ids"], *pairs["rejected_ids"]]
+    rewards = np.asarray(scorer.score(sequences, batch_size=batch_size), dtype=np.float64)
+    return rewards[: len(pairs)], rewards[len(pairs) :]
+
+
+def save_and_verify(
+    trainer: Trainer,
+    folder: RunFolder,
+    config: RewardConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+) -> None:
+    """Save the reward model, load it again from the artifact, and compare rewards on a few pairs.
+
+    A LoRA reward model whose head is not saved reloads with a random one and fails silently for
+    whoever uses it next, so the stage does not end before the reloaded model agrees.
+
+    Raises:
+        AlignError: where the reloaded model scores differently.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not folder.is_main:
+        return
+    few = pairs.select(range(min(VERIFIED_PAIRS, len(pairs))))
+    before = np.concatenate(score_pairs(RewardScorer(model, tokenizer), few, VERIFIED_PAIRS))
+    artifact, base = folder.artifact, config.model.model_name_or_path
+    if isinstance(model, PeftModel) and not config.merge_adapter:
+        save_adapter(model, artifact, base=base, revision=config.model.model_revision)
+        write_base_identity(artifact, base, model.config.to_dict())
+    else:
+        full = model.merge_and_unload() if isinstance(model, PeftModel) else model
+        full.save_pretrained(artifact, safe_serialization=True)
+    tokenizer.save_pretrained(artifact)
+    loaded, its_tokenizer = load_reward_model(str(artifact))
+    after = np.concatenate(score_pairs(RewardScorer(loaded, its_tokenizer), few, VERIFIED_PAIRS))
+    precision = 1e-4 if str(model.dtype) == "torch.float32" else 3e-2
+    difference = float(np.abs(after - before).max())
+    if difference > precision * max(1.0, float(np.abs(before).max())):
+        fail(
+            f"the saved reward model scores {2 * len(few)} answers differently when it is loaded "
+            f"again (by up to {difference:.3g})",
+            where=str(artifact),
+            hint="the head or the adapter was not saved in full; keep the checkpoints and report it",
+        )
+    folder.note("reload_difference", difference)
+
+
+def report(
+    trainer: Trainer,
+    folder: RunFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: RenderedData,
+) -> None:
+    """Write `reward_report.json`: accuracy, by margin, against length, and calibration."""
+    if not folder.is_main:
+        return
+    pairs = rows.test if rows.test is not None else rows.train
+    pairs = pairs.select(range(min(REPORT_PAIRS, len(pairs))))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    chosen, rejected = score_pairs(RewardScorer(model, tokenizer), pairs, 64)
+    lengths = np.array(
+        [len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in pairs], dtype=np.float64
+    )
+    margins = np.array(pairs["margin"]) if "margin" in pairs.column_names else None
+    found = examine(chosen, rejected, lengths, margins)
+    found["pairs_from"] = "held-out split" if rows.test is not None else "training split"
+    path = folder.artifact / "reward_report.json"
+    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    folder.note("accuracy", found["accuracy"]["value"])
+    folder.note("accuracy_from", found["pairs_from"])
+
+
+def examine(
+    chosen: Array, rejected: Array, length_differences: Array, margins: Array | None
+) -> dict[str, Any]:
+    """What a reward model got right, and on what it leans.
+
+    Args:
+        chosen, rejected: rewards, shape (pairs,).
+        length_differences: tokens of chosen minus tokens of rejected, shape (pairs,).
+        margins: how much better the chosen answer was said to be, shape (pairs,), or None.
+
+    Returns:
+        `accuracy` with a Wilson interval; `by_margin` (quartiles of the margin, as Table 8 of
+        Llama 2); `length`: the correlation of reward difference and length difference, and the
+        accuracy where the longer or the shorter answer was chosen; `calibration`: ten bins of
+        sigmoid(|difference|) against the share of right orders, with the expected error.
+    """
+    difference = chosen - rejected
+    right = difference > 0
+    return {
+        "pairs": len(right),
+        "accuracy": _share(right),
+        "mean_reward": float(np.mean([chosen, rejected])),
+        "reward_deviation": float(np.std([chosen, rejected])),
+        "by_margin": None if margins is None else _by_margin(right, margins),
+        "length": {
+            "correlation": _correlation(difference, length_differences),
+            "longer_chosen": _share(right[length_differences > 0]),
+            "shorter_chosen": _share(right[length_differences < 0]),
+        },
+        "calibration": _calibration(difference, right),
+    }
+
+
+def _share(right: NDArray[np.bool_]) -> dict[str, Any]:
+    if not len(right):
+        return {"value": None, "low": None, "high": None, "pairs": 0}
+    low, high = wilson_interval(int(right.sum()), len(right))
+    return {"value": float(right.mean()), "low": low, "high": high, "pairs": len(right)}
+
+
+def _by_margin(right: NDArray[np.bool_], margins: Array) -> list[dict[str, Any]]:
+    edges = np.unique(np.quantile(margins, [0, 0.25, 0.5, 0.75, 1]))
+    places = np.clip(np.searchsorted(edges, margins, side="right") - 1, 0, max(len(edges) - 2, 0))
+    buckets = []
+    for place in np.unique(places):
+        inside = places == place
+        span = {"from": float(margins[inside].min()), "to": float(margins[inside].max())}
+        buckets.append(span | _share(right[inside]))
+    return buckets
+
+
+def _correlation(first: Array, second: Array) -> float | None:
+    if len(first) < 2 or first.std() == 0 or second.std() == 0:
+        return None
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def _calibration(difference: Array, right: NDArray[np.bool_]) -> dict[str, Any]:
+    confidence = 1 / (1 + np.exp(-np.abs(difference)))
+    places = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
+    bins, error = [], 0.0
+    for place in np.unique(places):
+        inside = places == place
+        said, found = float(confidence[inside].mean()), float(right[inside].mean())
+        error += abs(said - found) * float(inside.mean())
+        bins.append({"confidence": said, "accuracy": found, "pairs": int(inside.sum())})
+    return {"bins": bins, "expected_error": error}

@@ -1,0 +1,96 @@
+"""TRL's trainers over rows that are token ids already.
+
+Each subclass overrides one seam and keeps the rest: the rows are not prepared a second time, and
+DPO refuses to train from a wrong reference.
+"""
+
+import math
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from align.errors import fail
+
+Model = PreTrainedModel | PeftModel
+
+LN2 = math.log(2.0)
+
+
+class _TokenRows:
+    """Rows go to the collator as they are, and no card is written beside a checkpoint."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        return dataset
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+class RewardTrainer(_TokenRows, trl.RewardTrainer):  # type: ignore[misc]
+    """Bradley-Terry on `chosen_ids` and `rejected_ids` (whole sequences), optionally `margin`."""
+
+
+class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
+    """Cross-entropy on `input_ids` and `labels`; TRL itself passes such rows through and packs them."""
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+class DPOTrainer(_TokenRows, trl.DPOTrainer):  # type: ignore[misc]
+    """DPO on `prompt_ids`, `chosen_ids` and `rejected_ids`.
+
+    Before the first update policy and reference must be the same model: every implicit reward is
+    zero, and the sigmoid loss is ln 2 (arXiv 2305.18290, eq. 7 with equal log-ratios).
+    """
+
+    reference_checked = False
+
+    def compute_loss(
+        self,
+        model: Model,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.reference_checked and self.state.global_step == 0 and self.model.training:
+            self.check_reference(loss[0] if return_outputs else loss)
+        self.reference_checked = True
+        return loss
+
+    def check_reference(self, loss: torch.Tensor) -> None:
+        """Refuse to train unless the first batch shows policy == reference.
+
+        Args:
+            loss: scalar loss of the first batch, before any update.
+
+        Raises:
+            AlignError: a reward is not 0 or, for the plain sigmoid loss, the loss is not ln 2.
+        """
+        metrics = self._metrics["train"]
+        rewards = [metrics[f"rewards/{side}"][-1] for side in ("chosen", "rejected")]
+        logps = [abs(metrics[f"logps/{side}"][-1]) for side in ("chosen", "rejected")]
+        # Reduced precision and other batch shapes (precomputed references) round the sums a little.
+        precision = 1e-5 if self.model.dtype is torch.float32 and not self.args.bf16 else 4e-3
+        allowed = self.beta * (1e-3 + precision * max(logps))
+        if max(map(abs, rewards)) > allowed:
+            fail(
+                "policy and reference differ before the first update: mean rewards are "
+                f"{rewards[0]:.4g} (chosen) and {rewards[1]:.4g} (rejected) instead of 0",
+                where="dpo",
+                hint="check model_name_or_path, adapter_name_or_path and adapter_mode: the reference "
+                "is the model that the stage starts from",
+            )
+        plain = self.loss_types == ["sigmoid"] and self.label_smoothing == 0
+        if plain and self.f_divergence_type == "reverse_kl":
+            weight = self.loss_weights[0]
+            steps = self.args.gradient_accumulation_steps
+            found = float(loss.detach()) / weight
+            expected = (LN2, LN2 / steps)
+            if min(abs(found - value) for value in expected) > max(1e-4, allowed):
+                fail(f"the first loss is {found:.6f} instead of ln 2 = {LN2:.6f}", where="dpo")

@@ -1,0 +1,39 @@
+"""Arguments reach TRL as they stand in the recipe, and wrong extras are refused."""
+
+from pathlib import Path
+
+import pytest
+
+from align.errors import AlignError
+from align.stages.sft import SFTConfig
+from align.training.arguments import sft_arguments
+
+
+def config(**trainer) -> SFTConfig:
+    return SFTConfig.model_validate(
+        {
+            "output_dir": "unused",
+            "model": {"model_name_or_path": "org/model"},
+            "data": {"dataset_name": "org/rows"},
+            "trainer": trainer,
+        }
+    )
+
+
+def test_extra_reaches_the_trainer(tmp_path: Path):
+    assert sft_arguments(config(extra={"neftune_noise_alpha": 5.0}), tmp_path).neftune_noise_alpha == 5
+
+
+def test_every_wrong_extra_is_named_at_once(tmp_path: Path):
+    extra = {"neftune_noise_alfa": 5, "hub_token": "x", "learning_rate": 1.0}
+    with pytest.raises(AlignError) as caught:
+        sft_arguments(config(extra=extra), tmp_path)
+    said = str(caught.value)
+    assert len(caught.value.problems) == 3
+    assert "did you mean `neftune_noise_alpha`" in said
+    assert "decided by align" in said
+    assert "set trainer.learning_rate instead" in said
+
+
+def test_a_nan_is_never_filtered_out_of_the_log(tmp_path: Path):
+    assert sft_arguments(config(), tmp_path).logging_nan_inf_filter is False

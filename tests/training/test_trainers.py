@@ -1,0 +1,216 @@
+"""Loss and gradients of our stages equal plain TRL's on the same batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from align.errors import AlignError
+from align.stages.dpo import DPOConfig
+from align.stages.reward import RewardConfig
+from align.stages.sft import SFTConfig
+from align.training.arguments import dpo_arguments, reward_arguments, sft_arguments
+from align.training.trainers import DPOTrainer, RewardTrainer, SFTTrainer
+
+CHATS = [
+    [
+        {"role": "user", "content": "What is 2 plus 3?"},
+        {"role": "assistant", "content": "2 plus 3 is 5."},
+    ],
+    [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hello, dear reader!"}],
+]
+PAIRS = [
+    {"prompt": chat[:1], "chosen": chat[1:], "rejected": [{"role": "assistant", "content": text}]}
+    for chat, text in zip(CHATS, ["No.", "Go away, and do not come back."], strict=True)
+]
+
+
+def perturb(model: torch.nn.Module, seed: int = 1) -> None:
+    """Move every trained weight off its start, so that no gradient is zero by construction."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def first_gradients(trainer) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the first batch in file order, without an update."""
+    trainer.model.train()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    grads = {
+        name: parameter.grad.clone()
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.grad is not None
+    }
+    trainer.model.zero_grad()
+    return float(loss), grads
+
+
+def assert_same(ours, theirs) -> None:
+    (loss, grads), (their_loss, their_grads) = first_gradients(ours), first_gradients(theirs)
+    assert loss == pytest.approx(their_loss, rel=1e-5)
+    assert grads.keys() == their_grads.keys()
+    assert len(grads) > 4
+    for name, grad in grads.items():
+        scale = their_grads[name].abs().max()
+        assert scale > 0, name
+        assert (grad - their_grads[name]).abs().max() <= 1e-5 * scale, name
+
+
+def trl_arguments(kind, folder: Path, **more):
+    common = {"report_to": [], "bf16": False, "use_cpu": True, "gradient_checkpointing": False}
+    return kind(output_dir=str(folder), remove_unused_columns=False, **common, **more)
+
+
+def config_of(kind, llama: Path, rows: Path, **more):
+    return kind.model_validate(
+        {
+            "output_dir": "unused",
+            "model": {"model_name_or_path": str(llama)},
+            "data": {"dataset_name": str(rows), "max_length": None},
+            "trainer": {"gradient_checkpointing": False},
+            **more,
+        }
+    )
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "messages.jsonl"
+    Dataset.from_list([{"messages": chat} for chat in CHATS]).to_json(path)
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    Dataset.from_list(PAIRS).to_json(path)
+    return path
+
+
+def lora(task: TaskType) -> LoraConfig:
+    saved = ["score"] if task is TaskType.SEQ_CLS else None
+    return LoraConfig(r=4, target_modules="all-linear", task_type=task, modules_to_save=saved)
+
+
+def policy(llama: Path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    model = get_peft_model(model, lora(TaskType.CAUSAL_LM))
+    perturb(model)
+    return model
+
+
+def test_sft_equals_trl_on_the_same_messages(llama, rows, tokenizer, tmp_path):
+    from align.data.rendering import training_rows
+
+    config = config_of(SFTConfig, llama, rows)
+    ours = SFTTrainer(
+        model=policy(llama),
+        args=sft_arguments(config, tmp_path),
+        train_dataset=training_rows(config.data, tokenizer, "sft").train,
+        processing_class=tokenizer,
+    )
+    theirs = trl.SFTTrainer(
+        model=policy(llama),
+        args=trl_arguments(trl.SFTConfig, tmp_path, assistant_only_loss=True, max_length=None),
+        train_dataset=Dataset.from_list([{"messages": chat} for chat in CHATS]),
+        processing_class=tokenizer,
+    )
+    assert_same(ours, theirs)
+
+
+def test_reward_equals_trl_on_the_same_pairs(llama, pairs, tokenizer, tmp_path):
+    from align.data.rendering import training_rows
+
+    def model():
+        torch.manual_seed(0)
+        base = AutoModelForSequenceClassification.from_pretrained(
+            llama, num_labels=1, dtype=torch.float32
+        )
+        wrapped = get_peft_model(base, lora(TaskType.SEQ_CLS))
+        perturb(wrapped)
+        return wrapped
+
+    config = config_of(RewardConfig, llama, pairs, center_rewards_coefficient=0.01)
+    rendered = training_rows(config.data, tokenizer, "reward").train
+    ours = RewardTrainer(
+        model=model(),
+        args=reward_arguments(config, tmp_path),
+        train_dataset=rendered.select_columns(["chosen_ids", "rejected_ids"]),
+        processing_class=tokenizer,
+    )
+    theirs = trl.RewardTrainer(
+        model=model(),
+        args=trl_arguments(
+            trl.RewardConfig, tmp_path, center_rewards_coefficient=0.01, max_length=None
+        ),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=tokenizer,
+    )
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "robust", "apo_zero"])
+def test_dpo_equals_trl_on_the_same_pairs(llama, pairs, tokenizer, tmp_path, loss_type):
+    from align.data.rendering import training_rows
+
+    # The hinge of far-apart sequences is flat; a small beta keeps every loss off its corners.
+    more = {"beta": 0.01, "loss_type": loss_type}
+    config = config_of(DPOConfig, llama, pairs, **more)
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+
+    ours = DPOTrainer(
+        model=base(),
+        args=dpo_arguments(config, tmp_path),
+        train_dataset=training_rows(config.data, tokenizer, "dpo").train,
+        processing_class=tokenizer,
+        peft_config=lora(TaskType.CAUSAL_LM),
+    )
+    theirs = trl.DPOTrainer(
+        model=base(),
+        args=trl_arguments(trl.DPOConfig, tmp_path, max_length=None, **{**more, "loss_type": [loss_type]}),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=tokenizer,
+        peft_config=lora(TaskType.CAUSAL_LM),
+    )
+    for trainer in (ours, theirs):
+        perturb(trainer.model)
+    ours.reference_checked = True  # the policy was moved off the reference on purpose
+    assert_same(ours, theirs)
+
+
+def dpo_trainer(llama, pairs, tokenizer, tmp_path, model=None, **more) -> DPOTrainer:
+    from align.data.rendering import training_rows
+
+    config = config_of(DPOConfig, llama, pairs, **more)
+    return DPOTrainer(
+        model=model or AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32),
+        args=dpo_arguments(config, tmp_path),
+        train_dataset=training_rows(config.data, tokenizer, "dpo").train,
+        processing_class=tokenizer,
+        peft_config=lora(TaskType.CAUSAL_LM),
+    )
+
+
+def test_dpo_starts_at_ln_2(llama, pairs, tokenizer, tmp_path):
+    trainer = dpo_trainer(llama, pairs, tokenizer, tmp_path)
+    loss, _ = first_gradients(trainer)
+    assert loss == pytest.approx(0.693147, abs=1e-5)
+    assert trainer.reference_checked
+
+
+def test_dpo_refuses_a_policy_that_is_not_its_reference(llama, pairs, tokenizer, tmp_path):
+    trainer = dpo_trainer(llama, pairs, tokenizer, tmp_path)
+    perturb(trainer.model)
+    with pytest.raises(AlignError, match="policy and reference differ"):
+        first_gradients(trainer)
