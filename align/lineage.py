@@ -17,8 +17,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from align.config.sections import StageConfig
+from align.config.paths import DATA_KEYS, MODEL_KEYS
+from align.config.sections import DataSection, StageConfig
+from align.data.fingerprint import describe_sources
 from align.durable import read_json, write_json
+from align.resources import find_path
 
 NOT_IN_RESULT = (
     "output_dir",
@@ -27,8 +30,6 @@ NOT_IN_RESULT = (
     "trainer.dataloader_num_workers",
     "trainer.gradient_checkpointing",
     "trainer.per_device_eval_batch_size",
-    "trainer.eval_strategy",
-    "trainer.eval_steps",
     "trainer.logging_steps",
     "trainer.save_steps",
     "trainer.save_total_limit",
@@ -43,21 +44,8 @@ BATCH = (
 )
 """Only their product, the rows per optimizer step, is in the fingerprint."""
 
-MODEL_KEYS = (
-    "model.model_name_or_path",
-    "model.adapter_name_or_path",
-    "model.tokenizer_name_or_path",
-    "scorer.reward_model",
-    "reward_model",
-    "models.*",
-)
-"""Keys that name a model folder or a Hub id."""
-
-DATA_KEYS = ("data.dataset_name", "data.datasets.*.path")
-"""Keys that name rows: a file, a folder, a shipped card or a Hub id."""
-
-FILE_KEYS = ("model.chat_template_path",)
-"""Keys that name a file, or something that ships under a short name."""
+TEMPLATE_KEY = "model.chat_template_path"
+"""Names a Jinja file, or one that ships under a short name."""
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 """The files of a model folder that decide what it answers (a README does not)."""
@@ -153,7 +141,7 @@ def code_digest(stage: str | None = None) -> str:
     files = {
         path.relative_to(root).as_posix(): path
         for room in ROOMS.get(stage or "", every)
-        for path in sorted((root / room).rglob("*.py"))
+        for path in folder_files(root / room, "*.py", "*.jinja")
     }
     return digest_of(
         {name: read_sha256(path) for name, path in files.items() if name not in NOT_IN_CODE}
@@ -173,26 +161,30 @@ def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _model_input(value: str, revision: str | None) -> dict[str, Any]:
-    folder = Path(value).expanduser()
-    if folder.is_dir():
+    folder = find_path(value)
+    if folder is not None and folder.is_dir():
         return {"kind": "model folder", "sha256": folder_digest(folder, MODEL_FILES)}
     return {"kind": "hub model", "revision": revision or "main"}
 
 
 def _file_input(value: str) -> dict[str, Any]:
-    file = Path(value).expanduser()
-    if file.is_file():
+    file = find_path(value)
+    if file is not None and file.is_file():
         return {"kind": "file", "sha256": file_sha256(file)}
     return {"kind": "shipped"}
 
 
-def _data_input(value: str) -> dict[str, Any]:
-    path = Path(value).expanduser()
-    if path.is_dir():
-        return {"kind": "data folder", "sha256": folder_digest(path)}
-    if path.is_file():
-        return {"kind": "data file", "sha256": file_sha256(path)}
-    return {"kind": "hub data"}
+def _data_inputs(data: DataSection) -> dict[str, dict[str, Any]]:
+    """The files and Hub data sets behind a data section; AlignError where one is not there."""
+    found: dict[str, dict[str, Any]] = {}
+    for info in describe_sources(data):
+        kind = "data file" if info.sha256 else "hub data"
+        found[f"data[{len(found)}]"] = {"path": info.path, "kind": kind} | {
+            key: value
+            for key in ("split", "sha256", "revision", "rows")
+            if (value := getattr(info, key)) is not None
+        }
+    return found
 
 
 @dataclass(frozen=True)
@@ -210,7 +202,8 @@ class Identity:
         return digest_of(self.parts)
 
 
-def _inputs(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _named_inputs(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The models and files that a flat recipe names."""
     found: dict[str, dict[str, Any]] = {}
     for key, value in recipe.items():
         if not isinstance(value, str):
@@ -218,25 +211,32 @@ def _inputs(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if _any(key, MODEL_KEYS):
             revision = recipe.get("model.model_revision") if key.startswith("model.") else None
             found[key] = {"path": value} | _model_input(value, revision)
-        elif _any(key, DATA_KEYS):
-            found[key] = {"path": value} | _data_input(value)
-        elif _any(key, FILE_KEYS):
+        elif key == TEMPLATE_KEY:
             found[key] = {"path": value} | _file_input(value)
     return found
 
 
 def identify(config: StageConfig) -> Identity:
-    """Read a config's inputs and say what a run of it is made of."""
+    """Read a config's inputs and say what a run of it is made of.
+
+    Raises:
+        AlignError: rows that the recipe names are not there.
+    """
     recipe = dict(leaves(config.model_dump(mode="json")))
-    inputs = _inputs(recipe)
+    inputs = _named_inputs(recipe)
+    for key in [key for key in recipe if key in inputs or _any(key, DATA_KEYS)]:
+        del recipe[key]
+    data = getattr(config, "data", None)
+    if isinstance(data, DataSection):
+        inputs |= _data_inputs(data)
     if BATCH[0] in recipe:
         recipe["rows per optimizer step"] = math.prod(int(recipe[key]) for key in BATCH)
-    contents = {}
-    for key, facts in inputs.items():
-        name = recipe.pop(key)
-        contents[key] = facts.get("sha256") or f"{name}@{facts.get('revision', '')}"
     for key in (*NOT_IN_RESULT, *BATCH):
         recipe.pop(key, None)
+    contents = {
+        key: facts.get("sha256") or f"{facts['path']}@{facts.get('revision', '')}"
+        for key, facts in inputs.items()
+    }
     stage = str(recipe.get("stage"))
     parts = {"stage": stage, "recipe": recipe, "inputs": contents, "code": code_digest(stage)}
     return Identity(inputs, parts)
@@ -257,7 +257,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     before, after = old.get("inputs", {}), new.get("inputs", {})
     for key in sorted({*before, *after}):
         if before.get(key) != after.get(key):
-            changes.append(f"{key} has other content")
+            what = "the rows have" if key.startswith("data[") else f"{key} has"
+            changes.append(f"{what} other content")
     if old.get("code") != new.get("code"):
         changes.append("align's code for this stage")
     return changes

@@ -1,7 +1,7 @@
 """Names that a recipe may use for functions: judges and pair rules.
 
-A recipe can only name what is registered: text in a file never becomes code. The module behind a name is
-imported when the name is used.
+A recipe can only name what is registered: text in a file never becomes code. The module behind a
+name is imported when the name is used.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,8 @@ JUDGES: dict[str, str | Judge] = {
     "tiny_world": "align.tiny.judge:judge",
     "number": "align.evaluation.judges:number",
     "exact": "align.evaluation.judges:exact",
+    "contains": "align.evaluation.judges:contains",
+    "pattern": "align.evaluation.judges:pattern",
 }
 """Judges by name, as functions or as `module:function`."""
 

@@ -26,6 +26,7 @@ from align.config.sections import StageConfig
 from align.durable import free_name, read_json, rename, sync_tree, write_json, write_text
 from align.environment import SECRET, environment, is_main, scrub, world_size
 from align.errors import AlignError, Problem, fail
+from align.launch import check_world
 from align.lineage import (
     Identity,
     digest_of,
@@ -293,9 +294,16 @@ def _last_time(folder: Path) -> float:
 
 def _wait_for_all() -> None:
     if world_size() > 1:
-        from accelerate import PartialState
+        _join().wait_for_everyone()
 
-        PartialState().wait_for_everyone()
+
+def _join() -> Any:
+    """The process group of this launch. Without `cpu=True` accelerate would take a machine
+    without GPUs for a single process."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _prepare(config: StageConfig, name: str, quiet: bool) -> RunFolder | None:
@@ -341,10 +349,9 @@ def _on_main(decide: Callable[[], Result]) -> tuple[Result | None, bool]:
         except AlignError as error:
             verdict = [error.problems, False]
     if world_size() > 1:
-        from accelerate import PartialState
         from accelerate.utils import broadcast_object_list
 
-        PartialState()
+        _join()
         broadcast_object_list(verdict, from_process=0)
     if verdict[0] is not None:
         raise AlignError(*verdict[0])
@@ -401,6 +408,7 @@ def run_stage(
     """
     stage = str(config.model_dump(include={"stage"})["stage"])
     name, output = name or stage, output_path(config)
+    check_world(config.launch)
     with stoppable(), locked(output) if is_main() else nullcontext():
         opened, to_do = _on_main(lambda: _prepare(config, name, quiet))
         if not to_do:

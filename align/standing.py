@@ -7,6 +7,7 @@ from typing import Literal, NoReturn
 from align.durable import read_json
 from align.errors import AlignError, Problem, fail
 from align.lineage import Identity, differences
+from align.resources import find_path
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,5 @@ def check_inputs(identity: Identity) -> None:
 
 def looks_local(value: str) -> bool:
     """Whether a name that could be a path or a Hub id can only be a path, and nothing is there."""
-    return (value.startswith((".", "/", "~")) or value.count("/") > 1) and not Path(
-        value
-    ).expanduser().exists()
+    only_a_path = value.startswith((".", "/", "~")) or value.count("/") > 1
+    return only_a_path and find_path(value, rooms=("datasets",)) is None

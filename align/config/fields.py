@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from align.config.sections import Section
+from align.config.sections import Section, StageConfig
+from align.stages import STAGES
 
 _BOUNDS = (
     ("gt", "above {}", "> {}"),
@@ -71,8 +73,22 @@ def mentioned(annotation: Any) -> set[Any]:
 def choices(annotation: Any) -> tuple[Any, ...]:
     """The values of the annotation's `Literal`, if it has one."""
     return tuple(
-        value for part in parts(annotation) if get_origin(part) is Literal for value in get_args(part)
+        value
+        for part in parts(annotation)
+        if get_origin(part) is Literal
+        for value in get_args(part)
     )
+
+
+def models(annotation: Any) -> list[type[Section]]:
+    """The config classes that occur inside an annotation (an entry of a list, say)."""
+    found = []
+    for part in parts(annotation):
+        if isinstance(part, type) and issubclass(part, Section):
+            found.append(part)
+        for argument in get_args(part):
+            found += models(argument) if get_origin(part) is not Literal else []
+    return found
 
 
 def _bounds(metadata: Sequence[Any], style: int) -> list[str]:
@@ -142,40 +158,49 @@ def short_type(annotation: Any) -> str:
     return " or ".join(words)
 
 
-def _is_section(field: FieldInfo) -> bool:
-    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+def _section(field: FieldInfo) -> type[Section] | None:
+    kind: Any = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
 def sections(config_class: type[Section]) -> Mapping[str, type[Section]]:
     """Name -> class of the sections that a config holds."""
-    return {
-        name: field.annotation
-        for name, field in config_class.model_fields.items()
-        if _is_section(field) and field.annotation is not None
-    }
+    found = {name: _section(field) for name, field in config_class.model_fields.items()}
+    return {name: section for name, section in found.items() if section is not None}
 
 
 @cache
 def leaf_fields(config_class: type[Section], section: str = "") -> tuple[LeafField, ...]:
-    """Every knob of a config class in the order of its fields; `stage`, which names the class, is none."""
+    """Every knob of a config class, in order; `stage`, which only names the class, is none."""
     found: list[LeafField] = []
     for name, field in config_class.model_fields.items():
         path = f"{section}.{name}" if section else name
-        if _is_section(field):
-            assert field.annotation is not None
-            found += leaf_fields(field.annotation, path)
+        inner = _section(field)
+        if inner is not None:
+            found += leaf_fields(inner, path)
         elif path != "stage":
-            annotation = field.annotation
-            if field.metadata:
-                annotation = Annotated[annotation, *field.metadata]
-            found.append(
-                LeafField(
-                    name=path,
-                    annotation=annotation,
-                    default=None if field.is_required() else field.get_default(call_default_factory=True),
-                    doc=" ".join((field.description or "").split()),
-                    section=section,
-                    required=field.is_required(),
-                )
-            )
+            found.append(_leaf(path, section, field))
     return tuple(found)
+
+
+def _leaf(name: str, section: str, field: FieldInfo) -> LeafField:
+    annotation: Any = field.annotation
+    if field.metadata:
+        annotation = Annotated[annotation, *field.metadata]
+    required = field.is_required()
+    return LeafField(
+        name=name,
+        annotation=annotation,
+        default=None if required else field.get_default(call_default_factory=True),
+        doc=" ".join((field.description or "").split()),
+        section=section,
+        required=required,
+    )
+
+
+@cache
+def config_class(kind: str) -> type[StageConfig]:
+    """The config class of a stage. Imports that stage's module and nothing heavy."""
+    module, _, name = STAGES[kind].partition(":")
+    found: type[StageConfig] = getattr(import_module(module), name)
+    return found

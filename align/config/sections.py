@@ -96,7 +96,15 @@ class DatasetEntry(Section):
 
 
 Format = Literal[
-    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "preference", "hh_rlhf", "prompts", "text"
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "preference",
+    "hh_rlhf",
+    "prompts",
+    "text",
 ]
 
 
@@ -220,4 +228,8 @@ class StageConfig(Section):
     launch: LaunchSection = Field(default_factory=LaunchSection)
 
 
-__all__ = [name for name, value in list(globals().items()) if isinstance(value, type) and issubclass(value, Section)]
+__all__ = [
+    name
+    for name, value in list(globals().items())
+    if isinstance(value, type) and issubclass(value, Section)
+]

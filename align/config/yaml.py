@@ -1,8 +1,9 @@
 """YAML as a person means it, with the line of every key.
 
-PyYAML follows YAML 1.1, where `1e-5` is text, `no` is false, `010` is eight, `12:30` is 750 and the last of two equal
-keys wins without a word. Here the scalars are those of YAML 1.2's core schema (`010` stays text, and
-becomes 10 where a number is asked for), equal keys are an error, and size, depth and the growth by aliases are bounded.
+PyYAML follows YAML 1.1, where `1e-5` is text, `no` is false, `010` is eight, `12:30` is 750 and the
+last of two equal keys wins without a word. Here the scalars are those of YAML 1.2's core schema
+(`010` stays text, and becomes 10 where a number is asked for), equal keys are an error, and size,
+depth and the growth by aliases are bounded.
 """
 
 import re
@@ -14,10 +15,10 @@ from typing import Any
 import yaml
 from yaml.composer import ComposerError
 
-from align.errors import Problem, fail
-
-KeyPath = tuple[str | int, ...]
-"""The keys and list positions that lead to a value."""
+from align.config.problems import KeyPath as KeyPath
+from align.config.problems import RecipeProblem
+from align.config.problems import dotted as dotted
+from align.errors import AlignError, fail
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
@@ -25,11 +26,6 @@ MAX_NODES = 50_000
 """Values of a file with every alias written out."""
 
 TAG = "tag:yaml.org,2002:"
-
-
-def dotted(path: KeyPath) -> str:
-    """`("data", "datasets", 0)` as `data.datasets.0`."""
-    return ".".join(str(part) for part in path)
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class Document:
     lines: Mapping[KeyPath, int]
     texts: Mapping[KeyPath, str]
     """Path of a number, boolean or null -> the characters it was written with."""
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[RecipeProblem, ...] = ()
     """Mistakes beyond syntax (equal keys, unknown tags); the data leaves these values out."""
 
 
@@ -106,7 +102,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise ComposerError(None, None, f"nested deeper than {MAX_DEPTH} levels", mark)
         node: yaml.Node | None = super().compose_node(parent, index)
         self.depth -= 1
@@ -125,21 +121,18 @@ class _Reader:
     name: str
     lines: dict[KeyPath, int] = field(default_factory=dict)
     texts: dict[KeyPath, str] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[RecipeProblem] = field(default_factory=list)
     nodes: int = 0
 
     def problem(self, node: yaml.Node, message: str, hint: str | None = None) -> None:
-        where = f"{self.name}:{node.start_mark.line + 1}"
-        self.problems.append(Problem(message, where, hint))
+        self.problems.append(_at(self.name, node.start_mark.line + 1, message, hint))
 
     def value(self, node: yaml.Node, path: KeyPath) -> Any:
         self.nodes += 1
         if self.nodes > MAX_NODES or len(path) > MAX_DEPTH:
-            fail(
-                "aliases make this file grow without bound",
-                where=f"{self.name}:{node.start_mark.line + 1}",
-                hint=f"write the values out; a recipe has at most {MAX_NODES:,} of them",
-            )
+            hint = f"write the values out; a recipe has at most {MAX_NODES:,} of them"
+            message = "aliases make this file grow without bound"
+            raise AlignError(_at(self.name, node.start_mark.line + 1, message, hint))
         if path:
             self.lines.setdefault(path, node.start_mark.line + 1)
         if isinstance(node, yaml.MappingNode) and node.tag == TAG + "map":
@@ -181,7 +174,7 @@ class _Reader:
             self.lines[*path, key] = line
             known = len(self.problems)
             value = self.value(value_node, (*path, key))
-            if value is not None or len(self.problems) == known:  # else one mistake would be told twice
+            if value is not None or len(self.problems) == known:  # no mistake is told twice
                 own[key] = value
         return {**merged, **own}
 
@@ -198,20 +191,33 @@ class _Reader:
 
 
 _HINTS = (
-    ("cannot start any token", "indent with spaces, and put text with special characters in quotes"),
-    ("mapping values are not allowed", 'put text that holds ": " in quotes, and check the indentation'),
+    (
+        "cannot start any token",
+        "indent with spaces, and quote text with special characters",
+    ),
+    (
+        "mapping values are not allowed",
+        'put text that holds ": " in quotes, and check the indentation',
+    ),
     ("could not find expected ':'", "each line of a mapping has the form `key: value`"),
     ("expected <block end>", "check the indentation of this line"),
-    ("undefined alias", "an `*alias` needs its `&anchor` above it; quote text that begins with `*`"),
+    (
+        "undefined alias",
+        "an `*alias` needs its `&anchor` above it; quote text that begins with `*`",
+    ),
 )
 
 
-def _syntax(name: str, error: yaml.YAMLError) -> Problem:
+def _at(name: str, line: int | None, message: str, hint: str | None = None) -> RecipeProblem:
+    where = f"{name}:{line}" if line else name
+    return RecipeProblem(message, where, hint, file=name, line=line)
+
+
+def _syntax(name: str, error: yaml.YAMLError) -> RecipeProblem:
     mark = getattr(error, "problem_mark", None)
-    where = f"{name}:{mark.line + 1}" if mark else name
     words = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
     hint = next((hint for part, hint in _HINTS if part in words), None)
-    return Problem(f"not valid YAML: {words}", where, hint)
+    return _at(name, mark.line + 1 if mark else None, f"not valid YAML: {words}", hint)
 
 
 def parse(text: str, name: str) -> Document:
@@ -227,8 +233,7 @@ def parse(text: str, name: str) -> Document:
         loader = _Loader(text)
         root = loader.get_single_node()
     except yaml.YAMLError as error:
-        problem = _syntax(name, error)
-        fail(problem.message, where=problem.where, hint=problem.hint)
+        raise AlignError(_syntax(name, error)) from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -238,7 +243,7 @@ def parse(text: str, name: str) -> Document:
     data = reader.value(root, ())
     if not isinstance(data, dict):
         shown = "a list" if isinstance(data, list) else "a single value"
-        fail(f"holds {shown}, not `key: value` lines", where=f"{name}:1")
+        raise AlignError(_at(name, 1, f"holds {shown}, not `key: value` lines"))
     return Document(name, data, reader.lines, reader.texts, tuple(reader.problems))
 
 

@@ -1,1 +1,1 @@
-"""Rows of any known form become messages, pairs or prompts, and these become token ids and loss masks."""
+"""Rows of any form become messages, pairs or prompts, and these become token ids and loss masks."""

@@ -1,13 +1,15 @@
 """Laid-out text to token ids, with the places of the spans.
 
-A text is tokenized in one go, so its ids are those of `apply_chat_template`. Two kinds of rows go piece by
-piece instead: those with a control token written in a message, which has to stay text, and those where a
-token would reach across the start of an answer, while at generation time the prompt ends there.
+A text is tokenized in one go, so its ids are those of `apply_chat_template`. Two kinds of rows go
+piece by piece instead: those with a control token written in a message, which has to stay text, and
+those where a token would reach across the start of an answer, while at generation time the prompt
+ends there.
 """
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import itemgetter
 
 from transformers import PreTrainedTokenizerBase
@@ -61,6 +63,7 @@ class Encoder:
             add_special_tokens=False,
             return_attention_mask=False,
             return_offsets_mapping=True,
+            verbose=False,
         )
         rows = zip(layouts, batch["input_ids"], batch["offset_mapping"], strict=True)
         for layout, ids, offsets in rows:
@@ -89,16 +92,14 @@ class Encoder:
         split = not layout.protected.originals
         return Encoded(ids, [(low, high) for low, high in places], split)
 
-    def _pieces(
-        self, layout: Layout, cuts: Sequence[int]
-    ) -> Iterator[tuple[int, int, list[int]]]:
-        """Start, end and ids of each piece: a control token of the template, or text without one."""
+    def _pieces(self, layout: Layout, cuts: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
+        """Start, end and ids of each piece: a control token of the template, or text between."""
         position, swallow, text = 0, False, layout.text
         matches = [(m.start(), m.end(), m.group()) for m in self.facts.pattern.finditer(text)]
         for start, end, token in [*matches, (len(text), len(text), "")]:
             inner = [cut for cut in cuts if position < cut < start]
             edges = [position, *inner, start]
-            for low, high in zip(edges, edges[1:], strict=False):
+            for low, high in pairwise(edges):
                 piece = layout.protected.restore(text[low:high])
                 if swallow:
                     piece = piece.lstrip()
@@ -130,7 +131,7 @@ class Encoder:
     def _ids(self, text: str, first: bool = True) -> list[int]:
         def encode(piece: str) -> list[int]:
             encoded: list[int] = self.tokenizer(
-                piece, add_special_tokens=False, split_special_tokens=True
+                piece, add_special_tokens=False, split_special_tokens=True, verbose=False
             )["input_ids"]
             return encoded
 

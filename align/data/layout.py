@@ -69,7 +69,7 @@ def protect(contents: Sequence[str], pattern: re.Pattern[str]) -> tuple[list[str
 
 
 class Typesetter:
-    """Lays out rows in batches for one tokenizer. A row that the template refuses gives a Problem."""
+    """Lays out rows in batches for one tokenizer; a row that the template refuses is a Problem."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -109,7 +109,7 @@ class Typesetter:
     ) -> list[Layout | Problem]:
         """Whole chats, with a span for each assistant turn from message `first` of the row on.
 
-        A turn begins where the chat before it, rendered with the generation prompt, ends, and it ends
+        A turn begins where the chat before it, rendered with the generation prompt, ends; it ends
         behind the token that ends it.
         """
         first = first or [0] * len(chats)
@@ -140,7 +140,7 @@ class Typesetter:
     def _prefixes(
         self, chats: Sequence[Turns], first: Sequence[int]
     ) -> list[dict[int, str | None]]:
-        """For each chat: assistant turn -> the text in front of it, as a prompt; None where there is none."""
+        """For each chat: assistant turn -> the text before it as a prompt, where there is one."""
         found: list[dict[int, str | None]] = [
             {turn: None for turn in range(start, len(chat)) if chat[turn]["role"] == "assistant"}
             for chat, start in zip(chats, first, strict=True)
@@ -154,41 +154,67 @@ class Typesetter:
     def _find_turns(
         self, layout: Layout, chat: Turns, prefixes: Mapping[int, str | None]
     ) -> Problem | None:
-        text, cursor = layout.text, 0
+        places: list[Span] | None = None
         for turn, prefix in prefixes.items():
-            content = chat[turn]["content"].strip()
-            if prefix is not None and text.startswith(prefix):
+            if prefix is not None and layout.text.startswith(prefix):
                 start = len(prefix)
+                end = layout.text.find(chat[turn]["content"].strip(), start)
+                end += len(chat[turn]["content"].strip()) if end >= 0 else 0
             else:
-                # The template writes the earlier turns differently once the chat goes on.
-                start, layout.follows = text.find(content, cursor), False
-            written = text.find(content, max(start, cursor))
-            if start < 0 or written < 0:
+                # The template writes the turns before this one differently once the chat goes on.
+                layout.follows = False
+                places = places if places is not None else self._contents(layout.text, chat)
+                start, end = places[turn] if places else (-1, -1)
+            if end < 0:
                 return Problem(
                     f"the chat template leaves out or changes the answer in message {turn + 1}",
                     hint="give a template that writes every answer with model.chat_template_path",
                 )
-            cursor = written + len(content)
-            end = self.facts.pattern.search(text, cursor)
-            if end and end.group() in self.facts.turn_ends:
-                cursor = end.end()
-            layout.spans.append((start, cursor))
+            token = self.facts.pattern.search(layout.text, end)
+            if token and token.group() in self.facts.turn_ends:
+                end = token.end()
+            layout.spans.append((start, end))
         return None
 
-    def _compare(self, layout: Layout, marked: Sequence[Span]) -> Problem | None:
-        """What is wrong with the template's own markers, if they mark other text than was found.
+    def _contents(self, text: str, chat: Turns) -> list[Span]:
+        """Where the content of every message lies in the rendered text; empty if it cannot be told.
 
-        They may leave out the token that ends a turn, or hold white space or the end of text behind it.
+        Found by rendering the chat once more with two unused characters around each content.
         """
-        ends = re.compile("|".join(map(re.escape, [*self.facts.turn_ends, self.tokenizer.eos_token or ""])))
-        for some, others in ((layout.spans, marked), (marked, layout.spans)):
-            for start, end in _outside(some, others):
-                if rest := ends.sub("", layout.text[start:end]).strip():
-                    return Problem(
-                        "the chat template's {% generation %} markers hold other text than its "
-                        f"assistant turns: they differ by {rest[:60]!r}",
-                        hint="mend the markers, or take them out of the template",
-                    )
+        unused = (chr(code) for code in STAND_INS if chr(code) not in text)
+        left, right = next(unused), next(unused)
+        wrapped = []
+        for turn in chat:
+            content = turn["content"]
+            core = content.strip()
+            before, _, after = content.partition(core) if core else (content, "", "")
+            wrapped.append({"role": turn["role"], "content": f"{before}{left}{core}{right}{after}"})
+        result = self._render([wrapped])[0]
+        if isinstance(result, Problem):
+            return []
+        head, *pieces = result[0].split(left)
+        places, position = [], len(head)
+        for piece in pieces:
+            core, _, rest = piece.partition(right)
+            places.append((position, position + len(core)))
+            position += len(core) + len(rest)
+        same = result[0].replace(left, "").replace(right, "") == text
+        return places if same and len(places) == len(chat) else []
+
+    def _compare(self, layout: Layout, marked: Sequence[Span]) -> Problem | None:
+        """What is wrong if the template's own markers leave out a part of an answer.
+
+        They may leave out the token that ends the turn, and hold what the template writes
+        around it.
+        """
+        ends = "|".join(map(re.escape, [*self.facts.turn_ends, self.tokenizer.eos_token or ""]))
+        for start, end in _outside(layout.spans, marked):
+            if rest := re.sub(ends, "", layout.text[start:end]).strip():
+                return Problem(
+                    "the {% generation %} markers of the chat template leave out a part of an "
+                    f"answer: {rest[:60]!r}",
+                    hint="mend the markers, or take them out: answers are found without them",
+                )
         return None
 
     def _render(
@@ -214,7 +240,7 @@ class Typesetter:
         return list(zip(texts, spans or [[]] * len(texts), strict=True))
 
     def _skeleton(self, chat: Turns, *, opened: bool = False) -> tuple[int, ...]:
-        """The control tokens that the template writes for turns of these roles, whatever they say."""
+        """The control tokens that the template writes for turns of these roles."""
         shape = tuple((turn["role"], bool(turn["content"].strip())) for turn in chat)
         key = (opened, shape)
         if key not in self._skeletons:

@@ -36,7 +36,9 @@ def uniforms(seed: int, places: Sequence[tuple[int, int]], steps: int) -> torch.
     """
     rows = np.empty((len(places), steps))
     for row, (prompt, sample) in zip(rows, places, strict=True):
-        stream = np.random.Philox(key=np.array([seed, prompt], np.uint64), counter=[0, 0, 0, sample])
+        stream = np.random.Philox(
+            key=np.array([seed, prompt], np.uint64), counter=[0, 0, 0, sample]
+        )
         row[:] = np.random.Generator(stream).random(steps)
     return torch.from_numpy(rows)
 

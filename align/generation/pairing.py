@@ -7,12 +7,12 @@ A group is what was sampled for one prompt: `{"row": row, "completions": [{"text
 Equal texts count once, and equal scores make no pair.
 """
 
-import difflib
 import inspect
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from random import Random
 from typing import Any
 
+from align.config.suggest import nearest
 from align.errors import fail
 
 Group = Mapping[str, Any]
@@ -26,7 +26,7 @@ def best_worst(
 ) -> list[Pair]:
     """The best against the worst; then the second best against the second worst, and so on."""
 
-    def candidates(ranked: list[Completion], _: random.Random) -> Iterator[tuple[int, int]]:
+    def candidates(ranked: list[Completion], _: Random) -> Iterator[tuple[int, int]]:
         return ((at, len(ranked) - 1 - at) for at in range(len(ranked) // 2))
 
     return _pairs(groups, "best_worst", candidates, seed, pairs_per_prompt, min_gap)
@@ -37,7 +37,7 @@ def best_random(
 ) -> list[Pair]:
     """The best against others drawn at random."""
 
-    def candidates(ranked: list[Completion], rng: random.Random) -> Iterator[tuple[int, int]]:
+    def candidates(ranked: list[Completion], rng: Random) -> Iterator[tuple[int, int]]:
         return ((0, other) for other in rng.sample(range(1, len(ranked)), len(ranked) - 1))
 
     return _pairs(groups, "best_random", candidates, seed, pairs_per_prompt, min_gap)
@@ -48,7 +48,7 @@ def adjacent(
 ) -> list[Pair]:
     """From the best down, each against the next one that is at least `min_gap` worse."""
 
-    def candidates(ranked: list[Completion], _: random.Random) -> Iterator[tuple[int, int]]:
+    def candidates(ranked: list[Completion], _: Random) -> Iterator[tuple[int, int]]:
         for at in range(len(ranked)):
             lower = range(at + 1, len(ranked))
             for other in lower:
@@ -59,12 +59,12 @@ def adjacent(
     return _pairs(groups, "adjacent", candidates, seed, pairs_per_prompt, min_gap)
 
 
-def any_two(
+def random(
     groups: Sequence[Group], *, seed: int, pairs_per_prompt: int = 1, min_gap: float = 0.0
 ) -> list[Pair]:
     """Any two, drawn at random; the better one is chosen."""
 
-    def candidates(ranked: list[Completion], rng: random.Random) -> Iterator[tuple[int, int]]:
+    def candidates(ranked: list[Completion], rng: Random) -> Iterator[tuple[int, int]]:
         places = range(len(ranked))
         both = [(better, worse) for worse in places for better in range(worse)]
         return iter(rng.sample(both, len(both)))
@@ -72,7 +72,7 @@ def any_two(
     return _pairs(groups, "random", candidates, seed, pairs_per_prompt, min_gap)
 
 
-Candidates = Callable[[list[Completion], random.Random], Iterator[tuple[int, int]]]
+Candidates = Callable[[list[Completion], Random], Iterator[tuple[int, int]]]
 """Places (better, worse) in a list that is ranked from the best down."""
 
 
@@ -87,7 +87,7 @@ def _pairs(
     pairs = []
     for at, group in enumerate(groups):
         # A stream for each prompt: its pairs do not depend on the prompts before it.
-        rng = random.Random(f"{kind} {seed} {at}")
+        rng = Random(f"{kind} {seed} {at}")
         ranked = ranking(group["completions"])
         taken = 0
         for better, worse in candidates(ranked, rng):
@@ -148,10 +148,10 @@ def check_options(name: str, rule: Rule, options: Mapping[str, Any]) -> None:
             place = "seed" if key == "seed" else f"pairs.{key}"
             fail("is set elsewhere in the recipe", where=where, hint=f"set `{place}` instead")
         if key not in own:
-            near = difflib.get_close_matches(key, own, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else None
-            options_text = f"its options are {', '.join(own)}" if own else "it has no options"
-            fail(f"the rule `{name}` has no such option", where=where, hint=hint or options_text)
+            near = nearest(key, own)
+            listed = f"its options are {', '.join(own)}" if own else "it has no options"
+            hint = f"did you mean `{near}`?" if near else listed
+            fail(f"the rule `{name}` has no such option", where=where, hint=hint)
 
 
 def apply_rule(

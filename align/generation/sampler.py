@@ -46,7 +46,7 @@ def sample_completions(
     batch_size: int = 64,
     seed: int = 0,
     indices: Sequence[int] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> list[list[Completion]]:
     """Draw `num_generations` completions of each prompt.
 
@@ -68,7 +68,8 @@ def sample_completions(
             `batch_size` of its samples.
         seed: seed of the draws.
         indices: each prompt's index where the prompts are a part of a whole; 0, 1, ... when unset.
-        on_progress: called with the completions and the tokens written so far.
+        on_batch: called after every `batch_size` completions, and at the end, with the numbers of
+            completions and of tokens so far.
 
     Returns:
         For each prompt its completions, in the order of the prompts and of the samples.
@@ -93,8 +94,8 @@ def sample_completions(
         for count, one in enumerate(texts, start=1):
             found[row_of[one.index]][one.sample] = _completion(one.ids, decoding)
             written += len(one.ids)
-            if on_progress:
-                on_progress(count, written)
+            if on_batch and (count % batch_size == 0 or count == len(prompts) * drawn):
+                on_batch(count, written)
     return [row * (num_generations // drawn) for row in found]
 
 
@@ -114,8 +115,9 @@ def inference(model: Any) -> Iterator[None]:
 def has_attention_caches(model: Any) -> bool:
     """Whether every layer caches keys and values, so that the rows of its cache can be copied."""
     config = model.config
-    if config.is_encoder_decoder or getattr(model, "active_peft_config", None) is not None and (
-        model.active_peft_config.is_prompt_learning
+    if config.is_encoder_decoder or (
+        getattr(model, "active_peft_config", None) is not None
+        and (model.active_peft_config.is_prompt_learning)
     ):
         return False
     if getattr(unwrapped(model), "_is_stateful", False):
@@ -143,9 +145,7 @@ def _in_slots(
     pad_id: int,
     seed: int,
 ) -> Iterator[Finished]:
-    batch = SlotBatch(
-        unwrapped(model), decoding, batch_size=batch_size, pad_id=pad_id, seed=seed
-    )
+    batch = SlotBatch(unwrapped(model), decoding, batch_size=batch_size, pad_id=pad_id, seed=seed)
     return batch.run(requests)
 
 

@@ -1,4 +1,4 @@
-"""Scores of finished sequences: rewards, and log-probabilities of completions, in sorted batches."""
+"""Scores of whole sequences in sorted batches: rewards, and log-probabilities of completions."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -93,7 +93,9 @@ def token_logprobs(
             inside = [place for place in places if completions[place]]
             if inside:
                 batch = [(prompts[place], completions[place]) for place in inside]
-                for place, values in zip(inside, _batch_logprobs(model, batch, temperature), strict=True):
+                for place, values in zip(
+                    inside, _batch_logprobs(model, batch, temperature), strict=True
+                ):
                     found[place] = values
     return found
 

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from align.config.sections import ModelSection
 from align.errors import fail
@@ -79,6 +80,10 @@ def load_arguments(model: ModelSection, checkpoint: Artifact, *, trained: bool) 
 
 
 def _from_pretrained(loader: Any, path: str, arguments: dict[str, Any]) -> PreTrainedModel:
+    verbosity = transformers_logging.get_verbosity()
+    # A fresh score head and an unused language head are meant; the load report calls them problems.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         loaded: PreTrainedModel = loader.from_pretrained(path, **arguments)
     except OSError as error:
@@ -89,6 +94,8 @@ def _from_pretrained(loader: Any, path: str, arguments: dict[str, Any]) -> PreTr
                 hint="convert the checkpoint once with save_pretrained(safe_serialization=True)",
             )
         fail(f"cannot be loaded: {str(error).splitlines()[0]}", where=path)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     return loaded
 
 
@@ -180,13 +187,22 @@ def load_reward_base(
     that first rewards have a spread of about one. The caller seeds the generator.
     """
     arguments = load_arguments(model, checkpoint, trained=train_base)
+    if checkpoint.kind == "reward" and (labels := _labels(checkpoint)) != 1:
+        fail(f"has {labels} labels; a reward model has one", where=checkpoint.path)
     arguments["num_labels"] = 1
-    loaded = _from_pretrained(AutoModelForSequenceClassification, model.model_name_or_path, arguments)
+    loaded = _from_pretrained(
+        AutoModelForSequenceClassification, model.model_name_or_path, arguments
+    )
     if checkpoint.kind != "reward":
         head = loaded.score.weight
         with torch.no_grad():
             head.normal_(std=(head.shape[1] + 1) ** -0.5)
     return loaded
+
+
+def _labels(checkpoint: Artifact) -> int:
+    """Labels of a classifier; transformers leaves out what equals its default of two."""
+    return len((checkpoint.config or {}).get("id2label") or "01")
 
 
 def load_reward_start(model: ModelSection, *, train_base: bool) -> Model:
@@ -238,11 +254,6 @@ def load_reward_model(path: str) -> tuple[Model, PreTrainedTokenizerBase]:
             path,
             base,
             trainable=False,
-        )
-    if model.config.num_labels != 1:
-        fail(
-            f"has {model.config.num_labels} labels; a reward model has one",
-            where=f"reward_model: {path}",
         )
     tokenizer = load_tokenizer(section)
     model.config.pad_token_id = tokenizer.pad_token_id

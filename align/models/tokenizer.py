@@ -24,7 +24,7 @@ TEMPLATE_TOKENS = {
 """Shipped template -> the control tokens it writes, all of which the vocabulary must hold."""
 
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]")
-"""Made for padding; after these any special token named `pad`, a reserved one, or the unknown token."""
+"""Made for padding; after these any special token named so, a reserved one, the unknown token."""
 
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -39,10 +39,11 @@ def shipped_template(name: str) -> str:
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a stage, ready to render chats and to pad.
 
-    It comes from `tokenizer_name_or_path`, else from the adapter's folder where that holds one, else
-    from the model. Its chat template is its own, or what `chat_template_path` names, or the shipped
-    Llama 3 template where it has none and its vocabulary holds Llama 3's control tokens. Where it
-    still has none, plain text can be rendered and chats cannot. Its pad token ends neither a turn nor a text.
+    It comes from `tokenizer_name_or_path`, else from the adapter's folder where that holds one,
+    else from the model. Its chat template is its own, or what `chat_template_path` names, or the
+    shipped Llama 3 template where it has none and its vocabulary holds Llama 3's control tokens.
+    Where it still has none, plain text can be rendered and chats cannot. Its pad token ends neither
+    a turn nor a text.
 
     Raises:
         AlignError: no tokenizer there, a template that does not fit it, or nothing to pad with.
@@ -51,7 +52,7 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     tokenizer = _from_pretrained(source, revision)
     if not tokenizer.is_fast:
         fail(
-            f"has only a slow tokenizer ({type(tokenizer).__name__}), which cannot say where its tokens lie",
+            "has only a slow tokenizer, which cannot say where its tokens lie",
             where=source,
             hint="name a tokenizer that has a tokenizer.json under model.tokenizer_name_or_path",
         )
@@ -136,7 +137,7 @@ def _read_template(path: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _set_pad_token(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """Padding with a token that ends a turn would hide that token from the loss, or end texts early."""
+    """Padding with a token that ends a turn would hide it from the loss, or end texts early."""
     taken = {tokenizer.bos_token_id, tokenizer.eos_token_id, *end_of_turn_ids(tokenizer)}
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in taken:
         return
@@ -153,7 +154,7 @@ def _set_pad_token(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     fail(
         f"has no token to pad with: {tokenizer.eos_token!r} ends a text, and nothing else is spare",
         where=source,
-        hint="add a pad token to a copy of the tokenizer and name it under model.tokenizer_name_or_path",
+        hint="add one to a copy of the tokenizer, and name that in model.tokenizer_name_or_path",
     )
 
 
@@ -166,7 +167,7 @@ class ChatFacts:
     pattern: re.Pattern[str]
     """Matches any control token, longer ones first."""
     turn_ends: tuple[str, ...]
-    """Control tokens that the template writes behind an assistant's answer, the last answer's first."""
+    """Control tokens that the template writes behind an answer, the last answer's first."""
     written: tuple[int, ...]
     """Ids of the added tokens that the template itself writes into a chat."""
     has_markers: bool
@@ -203,16 +204,36 @@ def _find_facts(tokenizer: PreTrainedTokenizerBase) -> ChatFacts:
     opened = _probe(tokenizer, [user], add_generation_prompt=True)
     again = _probe(tokenizer, [user, answer, user])
     any_added = _any_of(token for token in added if not token.isspace())
-    header = any_added.findall(asked.partition("Q1Q")[0])
-    behind = [any_added.search(text.partition("A1A")[2]) for text in (answered, again)]
-    # Where the last answer ends without a token, what follows another answer is the next header.
-    found = [match.group() for match in behind if match and behind[0]]
-    turn_ends = tuple(dict.fromkeys(token for token in found if token not in header))
+
+    def behind(content: str, text: str) -> list[str]:
+        return any_added.findall(text.partition(content)[2])[:1]
+
+    # An answer inside a chat may end otherwise than the last one, but not with the next turn's
+    # header: that is told apart by what ends a user's turn.
+    inner = [token for token in behind("A1A", again) if token in behind("Q1Q", asked)]
+    turn_ends = tuple(dict.fromkeys([*behind("A1A", answered), *inner]))
     around_user = {*any_added.findall(asked), *turn_ends}
     control = {token: added[token] for token in added if token in special | around_user}
     written = {added[token] for token in any_added.findall(answered + opened)}
     markers = MARKERS.search(tokenizer.get_chat_template()) is not None
+    if markers:
+        _check_markers(tokenizer)
     return ChatFacts(control, _any_of(control), turn_ends, tuple(sorted(written)), markers)
+
+
+def _check_markers(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a template whose `{% generation %}` markers do not hold the answers and only these."""
+    contents = ("Q1Q", "A1A", "Q2Q", "A2A")
+    roles = ("user", "assistant", "user", "assistant")
+    chat = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+    (text,), (spans,) = render_marked(tokenizer, [chat], markers=True)
+    marked = "".join(text[start:end] for start, end in spans)
+    if [content for content in contents if content in marked] != ["A1A", "A2A"]:
+        fail(
+            "the {% generation %} markers of the chat template do not hold just the answers",
+            where=f"the tokenizer {tokenizer.name_or_path}",
+            hint="mend the markers or take them out: answers are found without them",
+        )
 
 
 def _any_of(tokens: Any) -> re.Pattern[str]:
@@ -265,8 +286,8 @@ def render_marked(
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends an assistant's turn, the template's own first.
 
-    That is the token behind the answer in the template, Llama 3.1's `<|eom_id|>` (a turn that waits for
-    a tool), and the end of text.
+    That is the token behind the answer in the template, Llama 3.1's `<|eom_id|>` (a turn that
+    waits for a tool), and the end of text.
     """
     facts = chat_facts(tokenizer)
     tokens = [*facts.turn_ends, "<|eom_id|>", tokenizer.eos_token]

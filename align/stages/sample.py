@@ -1,4 +1,4 @@
-"""`align sample`: rejection sampling. Draw K completions per prompt, score them, keep the best, pair best and worst."""
+"""`align sample`: rejection sampling. Draw K completions per prompt, score, keep the best, pair."""
 
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ from align.config.sections import (
     Section,
     StageConfig,
 )
+from align.errors import fail
 from align.runs import RunFolder
 
 
@@ -28,7 +29,7 @@ class ScorerSection(Section):
     """Who scores the completions; exactly one of the two."""
 
     reward_model: str | None = None
-    """Folder or Hub id of a reward model (an adapter of `align reward`, or a sequence classifier)."""
+    """Folder or Hub id of a reward model (made by `align reward`, or a sequence classifier)."""
     judge: str | None = None
     """Name of a registered judge or reward function (`align show --judges` lists them)."""
     score_batch_size: PositiveInt = 64
@@ -39,7 +40,7 @@ class PairsSection(Section):
     """Which completions of a prompt become chosen/rejected pairs and demonstrations."""
 
     pair_rule: str = "best_worst"
-    """Registered rule: `best_worst`, `best_random`, `adjacent`, `random`, or one of a world (`tiny_world`)."""
+    """Registered rule: `best_worst`, `best_random`, `adjacent`, `random`, `tiny_world`."""
     pairs_per_prompt: PositiveInt = 1
     """Pairs at most per prompt."""
     min_gap: NonNegativeFloat = 0.0
@@ -66,4 +67,58 @@ class SampleConfig(StageConfig):
     seed: NonNegativeInt = 42
     """Seed of the draws; a prompt's draws depend on it and on the prompt's place only."""
     save_prompts: PositiveInt = 256
-    """Prompts per part file; after a stop the same command goes on behind the last complete part."""
+    """Prompts per part file; after a stop the same command goes on behind the finished parts."""
+
+
+def run(config: SampleConfig, folder: RunFolder) -> None:
+    """Draw and score part by part, keep the best, pair, report; finished parts are not redone."""
+    from align.durable import write_json
+    from align.generation.answers import load_prompts
+    from align.generation.pairing import apply_rule, check_options
+    from align.generation.rejection import demonstrations, draw_missing, rule_groups
+    from align.generation.samples import PartFiles, write_lines
+    from align.generation.yields import say_report, yield_report
+    from align.models.tokenizer import load_tokenizer
+    from align.registry import resolve
+
+    check_scorer(config.scorer)
+    rule = resolve("pair rule", config.pairs.pair_rule)
+    check_options(config.pairs.pair_rule, rule, config.pairs.rule_options)
+    tokenizer = load_tokenizer(config.model)
+    prompts = load_prompts(config.data, tokenizer, folder)
+    parts = PartFiles(folder.parts, prompts, config.save_prompts)
+    draw_missing(config, folder, tokenizer, parts)
+    if not folder.is_main:
+        return
+    groups = list(parts.groups())
+    sft = demonstrations(prompts, groups)
+    pairs = apply_rule(
+        rule,
+        rule_groups(prompts, groups, only_finished=config.pairs.only_finished),
+        seed=config.seed,
+        pairs_per_prompt=config.pairs.pairs_per_prompt,
+        min_gap=config.pairs.min_gap,
+        options=config.pairs.rule_options,
+    )
+    parts.join(folder.artifact / "samples.parquet")
+    write_lines(folder.artifact / "sft.jsonl", sft)
+    write_lines(folder.artifact / "pairs.jsonl", pairs)
+    report = yield_report(groups, sft, pairs)
+    write_json(folder.artifact / "report.json", report)
+    for key in ("prompts", "completions", "tokens", "finished", "demonstrations", "pairs"):
+        folder.note(key, report[key])
+    folder.note("score", report["score"]["mean"])
+    folder.note("best_score", report["growth"][-1]["max"])
+    if not folder.quiet:
+        say_report(folder.name, report)
+
+
+def check_scorer(scorer: ScorerSection) -> None:
+    """Refuse a recipe that does not name exactly one scorer."""
+    if (scorer.reward_model is None) == (scorer.judge is None):
+        given = "neither is" if scorer.judge is None else "both are"
+        fail(
+            f"one of `reward_model` and `judge` scores the completions, and {given} given",
+            where="scorer",
+            hint="give scorer.reward_model a folder, or scorer.judge the name of a judge",
+        )

@@ -34,6 +34,7 @@ def training_callbacks(folder: RunFolder, trainer: Trainer) -> list[TrainerCallb
     trainer.remove_callback(ProgressCallback)
     limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
     return [
+        ResumeCallback(trainer),
         FiniteCallback(),
         CheckpointCallback(folder, limit),
         SignalCallback(),
@@ -44,6 +45,35 @@ def training_callbacks(folder: RunFolder, trainer: Trainer) -> list[TrainerCallb
 
 def _distributed() -> bool:
     return bool(distributed.is_available() and distributed.is_initialized())
+
+
+class ResumeCallback(TrainerCallback):  # type: ignore[misc]
+    """Lets a resumed run close as an undisturbed one does.
+
+    The Trainer counts tokens and the mean loss from the resumed step on, and trains one step too
+    many when the checkpoint is the last one.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if not state.global_step:
+            return
+        last, total, tokens = 0, 0.0, 0
+        for line in state.log_history:
+            if "loss" in line:
+                total += line["loss"] * (line["step"] - last)
+                last = line["step"]
+                tokens = int(line.get("num_tokens", tokens))
+        self.trainer._total_loss_scalar = total
+        self.trainer._initial_global_step = 0
+        self.trainer._total_train_tokens = tokens
+        if state.global_step >= state.max_steps:
+            self.trainer._run_epoch = lambda *_, **__: None
+            control.should_training_stop = True
 
 
 class FiniteCallback(TrainerCallback):  # type: ignore[misc]

@@ -20,17 +20,32 @@ Model = PreTrainedModel | PeftModel
 LN2 = math.log(2.0)
 
 
-class _TokenRows:
-    """Rows go to the collator as they are, and no card is written beside a checkpoint."""
+def with_lengths(pairs: Dataset) -> Dataset:
+    """Pairs with the column `length`, the longer side's tokens, which length grouping reads."""
+
+    def length(row: dict[str, list[int]]) -> dict[str, int]:
+        sides = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        return {"length": sides + len(row.get("prompt_ids", ()))}
+
+    return pairs.map(length, keep_in_memory=True)
+
+
+class _TokenPairs:
+    """Pairs go to the collator as they are, and no card is written beside a checkpoint."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
-        return dataset
+        return with_lengths(dataset)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        if "length" not in self._signature_columns:  # else it is gone before the sampler looks
+            self._signature_columns: list[str] = [*self._signature_columns, "length"]
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         return None
 
 
-class RewardTrainer(_TokenRows, trl.RewardTrainer):  # type: ignore[misc]
+class RewardTrainer(_TokenPairs, trl.RewardTrainer):  # type: ignore[misc]
     """Bradley-Terry on `chosen_ids` and `rejected_ids` (whole sequences), optionally `margin`."""
 
 
@@ -41,7 +56,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         return None
 
 
-class DPOTrainer(_TokenRows, trl.DPOTrainer):  # type: ignore[misc]
+class DPOTrainer(_TokenPairs, trl.DPOTrainer):  # type: ignore[misc]
     """DPO on `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
     Before the first update policy and reference must be the same model: every implicit reward is

@@ -138,9 +138,10 @@ def test_a_reward_model_starts_from_the_folded_policy(adapter, llama):
 
 
 def test_two_labels_are_no_reward(llama, tokenizer, tmp_path):
-    AutoModelForSequenceClassification.from_pretrained(llama, num_labels=2).save_pretrained(tmp_path)
+    AutoModelForSequenceClassification.from_pretrained(llama, num_labels=2).save_pretrained(
+        tmp_path
+    )
     tokenizer.save_pretrained(tmp_path)
-    # load_reward_base asks for one label, so the head's own shape must be refused before that
     with pytest.raises(AlignError, match="2 labels"):
         load_reward_model(str(tmp_path))
 

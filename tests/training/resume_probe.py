@@ -1,7 +1,7 @@
 """A training run that is killed, stopped and damaged on purpose; started as a process of its own.
 
-`python resume_probe.py FOLDER SCENARIO...` prints one JSON line per scenario. TRL is imported once; each
-training runs in a fork, so that SIGKILL hits a real process in the middle of a real save.
+`python resume_probe.py FOLDER SCENARIO...` prints one JSON line per scenario. TRL is imported once;
+each training runs in a fork, so that SIGKILL hits a real process in the middle of a real save.
 """
 
 import hashlib
@@ -65,6 +65,7 @@ def make_trainer(folder: RunFolder, **settings: object) -> Trainer:
         save_total_limit=2,
         logging_steps=1,
         learning_rate=1e-2,
+        lr_scheduler_type="constant",
         report_to=[],
         use_cpu=True,
         bf16=False,
@@ -100,8 +101,9 @@ def train(root: Path, prepare: Callable[[Trainer], None] = lambda trainer: None)
         trainer.add_callback(callback)
     prepare(trainer)
     start = checkpoints.newest_complete_checkpoint(folder.checkpoints)
-    trainer.train(resume_from_checkpoint=str(start) if start else None)
-    return weights_hash(trainer)
+    closing = trainer.train(resume_from_checkpoint=str(start) if start else None)
+    found = f"{trainer.state.global_step} {closing.training_loss:.6f} {trainer._total_train_tokens}"
+    return f"{weights_hash(trainer)} {found}"
 
 
 def forked(work: Callable[[], str]) -> dict[str, object]:
@@ -140,12 +142,11 @@ SAVING: list[tuple[object, str]] = [
 ]
 """What a save consists of; killing happens before and after each."""
 
-POINTS = [f"{when} {name}" for _, name in SAVING for when in ("before", "after")]
 
-
-def kill_at(point: str, step: int, half: bool = False) -> Callable[[Trainer], None]:
-    """Kill this process at a point of the save of `step`, or after cutting its last file in half."""
-    when, name = point.split()
+def kill_at(point: str, half: bool = False) -> Callable[[Trainer], None]:
+    """Kill this process at a point of a save (`before write_json 4`), its last file cut or not."""
+    when, name, at = point.split()
+    step = int(at)
     owner = next(owner for owner, attribute in SAVING if attribute == name)
     original = getattr(owner, name)
 
@@ -226,18 +227,20 @@ def interrupted(root: Path, disturb: Callable[[Trainer], None]) -> dict[str, obj
 
 
 def scenario(name: str, root: Path) -> dict[str, object]:
-    """Scenarios: `undisturbed`, `kill <point>`, `half <point>`, `signal <n>`, `nan <step>`, `hurt <how>`."""
+    """`undisturbed`, `again`, `kill/half <point>`, `signal <n>`, `nan <step>` or `hurt <how>`."""
     kind, _, rest = name.partition(" ")
     if kind == "undisturbed":
         return {"then": forked(lambda: train(root))}
     if kind in ("kill", "half"):
-        return interrupted(root, kill_at(rest, 2 * SAVE, half=kind == "half"))
+        return interrupted(root, kill_at(rest, half=kind == "half"))
+    if kind == "again":
+        return interrupted(root, lambda trainer: None)
     if kind == "signal":
         return interrupted(root, send(int(rest), 3))
     if kind == "nan":
         return {"then": forked(lambda: train(root, poison(int(rest)))), "end": names(root)}
     assert kind == "hurt"
-    forked(lambda: train(root, kill_at("after keep_newest", 2 * SAVE)))
+    forked(lambda: train(root, kill_at(f"after keep_newest {2 * SAVE}")))
     newest = Path(f"{root}.partial") / "checkpoints" / f"checkpoint-{2 * SAVE}"
     kept = root.with_name("kept")
     shutil.copytree(newest.parent, kept)

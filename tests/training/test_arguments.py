@@ -21,7 +21,9 @@ def config(**trainer) -> SFTConfig:
 
 
 def test_extra_reaches_the_trainer(tmp_path: Path):
-    assert sft_arguments(config(extra={"neftune_noise_alpha": 5.0}), tmp_path).neftune_noise_alpha == 5
+    assert (
+        sft_arguments(config(extra={"neftune_noise_alpha": 5.0}), tmp_path).neftune_noise_alpha == 5
+    )
 
 
 def test_every_wrong_extra_is_named_at_once(tmp_path: Path):

@@ -21,7 +21,10 @@ CHATS = [
         {"role": "user", "content": "What is 2 plus 3?"},
         {"role": "assistant", "content": "2 plus 3 is 5."},
     ],
-    [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hello, dear reader!"}],
+    [
+        {"role": "user", "content": "Say hi."},
+        {"role": "assistant", "content": "Hello, dear reader!"},
+    ],
 ]
 PAIRS = [
     {"prompt": chat[:1], "chosen": chat[1:], "rejected": [{"role": "assistant", "content": text}]}
@@ -178,7 +181,9 @@ def test_dpo_equals_trl_on_the_same_pairs(llama, pairs, tokenizer, tmp_path, los
     )
     theirs = trl.DPOTrainer(
         model=base(),
-        args=trl_arguments(trl.DPOConfig, tmp_path, max_length=None, **{**more, "loss_type": [loss_type]}),
+        args=trl_arguments(
+            trl.DPOConfig, tmp_path, max_length=None, **{**more, "loss_type": [loss_type]}
+        ),
         train_dataset=Dataset.from_list(PAIRS),
         processing_class=tokenizer,
         peft_config=lora(TaskType.CAUSAL_LM),

@@ -1,0 +1,348 @@
+"""Recognises the form of a source's rows, says it, and turns the rows into canonical ones."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+from datasets import Dataset, Features, List, Value
+
+from align.config.sections import DataSection, Format
+from align.config.suggest import nearest
+from align.data import conversion
+from align.data.conversion import RowError
+from align.data.files import MOST_PROBLEMS
+from align.data.sources import Indices, Source
+from align.errors import AlignError, Problem, fail
+
+Purpose = Literal["demonstrations", "preference", "prompts"]
+
+TURNS = List({"role": Value("string"), "content": Value("string")})
+TEXT = Value("string")
+
+Candidate = tuple[Format, tuple[str, ...]]
+
+CANDIDATES: dict[Purpose, tuple[Candidate, ...]] = {
+    "demonstrations": (
+        ("messages", ("messages",)),
+        ("sharegpt", ("conversations",)),
+        ("alpaca", ("instruction", "output")),
+        ("prompt_completion", ("prompt", "completion")),
+        ("text", ("text",)),
+    ),
+    "preference": (
+        ("preference", ("chosen", "rejected")),
+        ("preference", ("completions",)),
+        ("preference", ("answers",)),
+    ),
+    "prompts": (
+        ("messages", ("messages",)),
+        ("sharegpt", ("conversations",)),
+        ("alpaca", ("instruction",)),
+        ("prompts", ("prompt",)),
+        ("preference", ("chosen",)),
+    ),
+}
+"""Forms that serve a purpose, with the columns that each needs, the most telling first."""
+
+NEEDS: dict[Purpose, str] = {
+    "demonstrations": "demonstrations",
+    "preference": "preference pairs",
+    "prompts": "prompts",
+}
+
+CHATS = ("messages", "sharegpt", "alpaca", "hh_rlhf")
+"""Forms that are always chats; the others are what their values are."""
+
+SAID = {
+    "messages": "chats in messages",
+    "sharegpt": "ShareGPT conversations",
+    "alpaca": "Alpaca instructions, as chats",
+    "text": "plain text, all of it in the loss",
+    "hh_rlhf": "hh-rlhf transcripts",
+}
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """The form of a source's rows."""
+
+    purpose: Purpose
+    format: Format
+    chat: bool
+    """Messages that a chat template renders, or plain text."""
+    column: str
+    """The column that told the form."""
+    margin: bool
+    """Whether pairs say how much better the chosen answer is."""
+    sentence: str
+    """What was recognised, for the user."""
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """Canonical rows of a source."""
+
+    dataset: Dataset
+    form: Recognised
+    source: Source
+    rows: Indices
+    """For each canonical row its index in the source."""
+
+    def where(self, index: int) -> str:
+        """File and row number that a canonical row comes from."""
+        return self.source.where(int(self.rows[index]))
+
+
+def recognise(source: Source, purpose: Purpose) -> Recognised:
+    """Say which form the rows of a source have.
+
+    Raises:
+        AlignError: the rows are of no known form, or of one that serves another purpose.
+    """
+    mapping = _checked_mapping(source)
+    names = {*source.dataset.column_names, *mapping}
+    form, needed = _candidate(source, purpose, names, set(mapping))
+    column = needed[0]
+    firsts = [_first(source, name, mapping) for name in {*needed, "prompt"} if name in names]
+    transcripts = any(conversion.is_transcript(first) for first in firsts)
+    if transcripts and purpose != "demonstrations":
+        form = "hh_rlhf"
+    is_chat = form in CHATS or transcripts or any(isinstance(first, list) for first in firsts)
+    is_chat |= purpose == "preference" and "prompt" not in names and "instruction" in names
+    margin = column in ("completions", "answers")
+    margin |= "margin" in names or {"score_chosen", "score_rejected"} <= names
+    margin &= purpose == "preference"
+    sentence = _sentence(source, form, is_chat, column, margin)
+    return Recognised(purpose, form, is_chat, column, margin, sentence)
+
+
+def _checked_mapping(source: Source) -> dict[str, str]:
+    names = source.dataset.column_names
+    mapping = source.columns or {}
+    problems = []
+    for ours, theirs in mapping.items():
+        if theirs not in names:
+            close = nearest(theirs, names)
+            hint = f"did you mean `{close}`?" if close else f"its columns: {', '.join(names)}"
+            problems.append(
+                Problem(
+                    f"there is no column `{theirs}` (for `{ours}`)", f"{source.name} columns", hint
+                )
+            )
+    if problems:
+        raise AlignError(*problems)
+    return mapping
+
+
+def _candidate(source: Source, purpose: Purpose, names: set[str], mapped: set[str]) -> Candidate:
+    candidates = CANDIDATES[purpose]
+    if source.format != "auto":
+        wanted = "preference" if source.format == "hh_rlhf" else source.format
+        candidates = tuple(item for item in candidates if item[0] == wanted)
+        if not candidates:
+            _no_form(source, purpose, names)
+        found = _fitting(candidates, names)
+        if found is None:
+            needed = " or ".join(" and ".join(f"`{n}`" for n in item[1]) for item in candidates)
+            fail(
+                f"has no column {needed} for the format `{source.format}`",
+                where=source.name,
+                hint=f"map its columns with data.columns: {', '.join(source.dataset.column_names)}",
+            )
+        return found
+    # A prompt in messages is the prompt; one in plain text may stand beside whole chats.
+    own_prompt = _first(source, "prompt", {}) if "prompt" not in mapped else None
+    if purpose == "prompts" and isinstance(own_prompt, list):
+        return "prompts", ("prompt",)
+    found = _fitting(candidates, mapped) or _fitting(candidates, names)
+    if found is None:
+        _no_form(source, purpose, names)
+    return found
+
+
+def _fitting(candidates: Sequence[Candidate], names: set[str]) -> Candidate | None:
+    return next((item for item in candidates if set(item[1]) <= names), None)
+
+
+def _no_form(source: Source, purpose: Purpose, names: set[str]) -> NoReturn:
+    needs = NEEDS[purpose]
+    columns = ", ".join(f"`{name}`" for name in source.dataset.column_names)
+    example = {
+        "demonstrations": "{prompt: ..., completion: ...}; chats: {instruction: ..., output: ...}",
+        "preference": "{prompt: ..., chosen: ..., rejected: ...}",
+        "prompts": "{prompt: ...}; chats: {instruction: ...}",
+    }
+    message = f"its columns ({columns}) are no {needs} of a known form"
+    hint = f"map them with data.columns: {example[purpose]}"
+    if purpose == "demonstrations" and {"chosen", "rejected"} <= names:
+        message = "holds preference pairs, and this stage needs demonstrations"
+        hint = "use it for `align reward` or `align dpo`; to train on the chosen side map it: "
+        single = "prompt" in names
+        hint += (
+            "columns: {prompt: prompt, completion: chosen}"
+            if single
+            else "columns: {messages: chosen}"
+        )
+    elif purpose == "preference" and _fitting(CANDIDATES["demonstrations"], names):
+        message = "holds demonstrations, and this stage needs preference pairs"
+        hint = "use it for `align sft`; `align sample` makes pairs from prompts"
+    elif purpose != "prompts" and "prompt" in names:
+        message = f"holds prompts only, and this stage needs {needs}"
+        hint = f"`align sample` answers prompts; or map the columns: {example[purpose]}"
+    fail(message, where=source.name, hint=hint)
+
+
+def _first(source: Source, column: str, mapping: Mapping[str, str]) -> Any:
+    """The first value of a column that is not empty."""
+    name = mapping.get(column, column)
+    if name not in source.dataset.column_names:
+        return None
+    values: Iterator[Any] = (value for value in source.dataset.select_columns(name)[:100][name])
+    return next((value for value in values if value), None)
+
+
+def _sentence(source: Source, form: Format, is_chat: bool, column: str, margin: bool) -> str:
+    manner = "messages" if is_chat else "plain text without a chat template"
+    pairs = "ranked answers" if column in ("completions", "answers") else "preference pairs"
+    generic = {
+        "prompt_completion": f"prompts and completions in {manner}",
+        "preference": f"{pairs} in {manner}",
+        "prompts": f"prompts in {manner}",
+    }
+    said = generic.get(form) or SAID[form]
+    said += " with a margin" if margin else ""
+    said += (
+        ", those with a true `label`" if form == "prompt_completion" and _labelled(source) else ""
+    )
+    mapped = ", ".join(f"{ours} from {theirs}" for ours, theirs in (source.columns or {}).items())
+    return f"{source.name}: {len(source):,} rows of {said}" + (f" ({mapped})" if mapped else "")
+
+
+def _labelled(source: Source) -> bool:
+    """Whether rows say if their completion is a good one (TRL's unpaired preferences)."""
+    label = source.dataset.features.get("label")
+    return isinstance(label, Value) and label.dtype == "bool"
+
+
+def to_canonical(source: Source, form: Recognised, data: DataSection) -> Canonical:
+    """The rows of a source as canonical rows, in order.
+
+    Demonstrations become `messages`, `prompt` and `completion`, or `text`; pairs become `prompt`,
+    `chosen`, `rejected` and, where known, `margin`; prompts become `prompt`, and all other columns
+    are kept.
+
+    Raises:
+        AlignError: the first bad rows, each with file and number.
+    """
+    if data.system_prompt is not None and not form.chat:
+        fail(
+            f"needs chats, and {source.name} holds plain text",
+            where="data.system_prompt",
+            hint="map the columns to `instruction` (and `output`) to have chats, or leave it out",
+        )
+    known, mapping = source.dataset.features, source.columns or {}
+    kept: dict[str, Any] = {}
+    if form.purpose == "prompts":
+        kept = {**known, **{ours: known[theirs] for ours, theirs in mapping.items()}}
+        kept.pop("prompt", None)
+    new = {**_features(form), "_row": Value("int64"), "_problem": TEXT}
+    features = Features({**kept, **new})
+    dataset = source.dataset
+    if form.format == "prompt_completion" and _labelled(source):
+        good = np.flatnonzero(dataset["label"])
+        dataset, source = dataset.select(good), source.take(good)
+    made = dataset.map(
+        partial(
+            _convert_batch, form=form, system=data.system_prompt, mapping=mapping, kept=list(kept)
+        ),
+        batched=True,
+        with_indices=True,
+        remove_columns=[name for name in known if name not in kept],
+        features=features,
+        num_proc=data.dataset_num_proc,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint=f"canonical-{dataset._fingerprint}",
+    )
+    rows = np.asarray(made["_row"], dtype=np.int64)
+    problems = [
+        Problem(text, source.where(int(row)))
+        for row, text in zip(rows, made["_problem"], strict=True)
+        if text is not None
+    ]
+    raise_problems(problems)
+    if not len(made):
+        fail("holds no row that can be used", where=source.name)
+    return Canonical(made.remove_columns(["_row", "_problem"]), form, source, rows)
+
+
+def raise_problems(problems: Sequence[Problem]) -> None:
+    """Raise the first problems, if there are any, with a word on how many more there are."""
+    if not problems:
+        return
+    shown = list(problems[:MOST_PROBLEMS])
+    if len(problems) > MOST_PROBLEMS:
+        shown.append(Problem(f"... and {len(problems) - MOST_PROBLEMS:,} more rows with problems"))
+    raise AlignError(*shown)
+
+
+def _features(form: Recognised) -> dict[str, Any]:
+    side = TURNS if form.chat else TEXT
+    if form.purpose == "prompts":
+        return {"prompt": side}
+    if form.purpose == "preference":
+        features = {"prompt": side, "chosen": side, "rejected": side}
+        return features | ({"margin": Value("float64")} if form.margin else {})
+    if form.format == "prompt_completion":
+        return {"prompt": side, "completion": side}
+    return {"text": TEXT} if form.format == "text" else {"messages": TURNS}
+
+
+def _convert_batch(
+    batch: Mapping[str, list[Any]],
+    indices: list[int],
+    *,
+    form: Recognised,
+    system: str | None,
+    mapping: Mapping[str, str],
+    kept: Sequence[str],
+) -> dict[str, list[Any]]:
+    names = [*_features(form), "_row", "_problem"]
+    made: dict[str, list[Any]] = {name: [] for name in names}
+    for place, index in enumerate(indices):
+        row = {name: values[place] for name, values in batch.items()}
+        row |= {ours: batch[theirs][place] for ours, theirs in mapping.items()}
+        try:
+            canonical = [{**item, "_row": index} for item in _convert(row, form, system)]
+        except RowError as error:
+            canonical = [{"_row": index, "_problem": str(error)}]
+        for item in canonical:
+            for name in names:
+                made[name].append(item.get(name))
+    return {**{name: batch[mapping.get(name, name)] for name in kept}, **made}
+
+
+def _convert(row: conversion.Row, form: Recognised, system: str | None) -> list[dict[str, Any]]:
+    if form.purpose == "preference":
+        if form.column in ("completions", "answers"):
+            return list(conversion.ranked(row, form.column, system))
+        return list(conversion.pairs(row, form.chat, form.margin, system))
+    if form.purpose == "prompts":
+        return [{"prompt": _prompt(row, form, system)}]
+    if form.format == "alpaca":
+        return [conversion.alpaca(row, system)]
+    if form.format == "text":
+        return [{"text": conversion.text_of(row, "text")}]
+    if form.format == "prompt_completion":
+        return [conversion.prompt_completion(row, form.chat, system)]
+    return [conversion.chat(row, form.column, system)]
+
+
+def _prompt(row: conversion.Row, form: Recognised, system: str | None) -> Any:
+    if form.format == "alpaca":
+        return conversion.instruction(row, system)
+    if form.chat:
+        return conversion.chat_prompt(row, form.column, system)
+    return conversion.text_of(row, form.column)

@@ -1,0 +1,216 @@
+"""Canonical rows to token rows: what a stage really trains on, and what was cut or left out.
+
+`training_rows` and `prompt_rows` are the doors of the data room for the stages.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers import PreTrainedTokenizerBase
+
+from align.config.sections import DataSection
+from align.data.counts import RenderStats, lengths_of, sentences
+from align.data.fingerprint import SourceInfo, entries
+from align.data.formats import recognise, to_canonical
+from align.data.sequences import (
+    render_completion,
+    render_messages,
+    render_pair,
+    render_prompt,
+    render_text,
+)
+from align.data.sources import SEED, Source, concatenate, load_sources, mixture
+from align.data.token_rows import (
+    PURPOSES,
+    Kind,
+    RenderedRows,
+    check_some_kept,
+    render_dataset,
+    row_lengths,
+)
+from align.errors import fail
+
+__all__ = [
+    "RenderedData",
+    "prompt_rows",
+    "render_completion",
+    "render_dataset",
+    "render_messages",
+    "render_pair",
+    "render_prompt",
+    "render_text",
+    "training_rows",
+]
+
+
+@dataclass(frozen=True)
+class RenderedData:
+    """What a stage trains on."""
+
+    train: Dataset
+    test: Dataset | None
+    """Rows for evaluation during training, where the recipe asks for them."""
+    stats: RenderStats
+    test_stats: RenderStats | None = None
+    notes: list[str] = field(default_factory=list)
+    """What was recognised, mixed, cut and left out, one sentence each."""
+    sources: list[SourceInfo] = field(default_factory=list)
+    """The files and Hub data sets, with their hashes."""
+
+    def origin(self) -> dict[str, Any]:
+        """Where the rows come from and what became of them, for lineage.json."""
+        test = {"test": self.test_stats.as_dict()} if self.test_stats else {}
+        sources = [asdict(info) for info in self.sources]
+        return {"sources": sources, "train": self.stats.as_dict()} | test
+
+
+def training_rows(
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: Kind,
+    *,
+    assistant_only: bool = True,
+    require_margin: bool = False,
+) -> RenderedData:
+    """Read, recognise, mix and render the rows of a training stage.
+
+    Args:
+        data: the recipe's data section.
+        tokenizer: from `load_tokenizer`.
+        kind: what the stage trains: `sft`, `reward` or `dpo`.
+        assistant_only: the loss of chats is on assistant turns only.
+        require_margin: pairs without a margin are an error.
+
+    Returns:
+        Token rows: sft `input_ids`, `labels` (-100 outside the loss); reward `chosen_ids`,
+        `rejected_ids` (whole sequences) and, where the rows have one, `margin`; dpo `prompt_ids`,
+        `chosen_ids`, `rejected_ids`. Deterministic: a mixture is shuffled with a fixed seed.
+
+    Raises:
+        AlignError: anything wrong with the rows, each problem with file and row number.
+    """
+    options = {"assistant_only": assistant_only, "require_margin": require_margin}
+    with _quiet():
+        sources, notes = _mixed(data)
+        held_out: list[Source] = []
+        if data.dataset_test_split is not None:
+            held_out, more = _mixed(data, data.dataset_test_split, most=False)
+            notes += more
+        elif data.test_split_size is not None:
+            sources, held_out = _hold_out(sources, data.test_split_size)
+        train = _render_all(sources, data, tokenizer, kind, notes, **options)
+        test = _render_all(held_out, data, tokenizer, kind, [], **options) if held_out else None
+    notes += sentences(train.stats, max_length=data.max_length, trains=True)
+    if test is not None:
+        notes.append(f"{test.stats.kept:,} rows for evaluation during training")
+    # Train and test may be parts of the same files.
+    infos = list(dict.fromkeys(info for source in (*sources, *held_out) for info in source.infos))
+    test_rows, test_stats = (test.dataset, test.stats) if test else (None, None)
+    return RenderedData(train.dataset, test_rows, train.stats, test_stats, notes, infos)
+
+
+def prompt_rows(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> RenderedData:
+    """Read and render the prompts of `align sample` and `align eval`.
+
+    Returns:
+        `train` holds `prompt_ids`, `prompt` (messages or text) and every other column of the rows.
+        Prompts longer than `max_length` are left out and counted.
+
+    Raises:
+        AlignError: anything wrong with the rows, each problem with file and row number.
+    """
+    with _quiet():
+        sources, notes = _mixed(data)
+        rows = _render_all(sources, data, tokenizer, "prompts", notes)
+    notes += sentences(rows.stats, max_length=data.max_length, trains=False)
+    infos = list(dict.fromkeys(info for source in sources for info in source.infos))
+    return RenderedData(rows.dataset, None, rows.stats, notes=notes, sources=infos)
+
+
+class _quiet:
+    """Without the progress bars of `datasets`, which report nothing that a user asked for."""
+
+    def __enter__(self) -> None:
+        self.shown = not are_progress_bars_disabled()
+        disable_progress_bars()
+
+    def __exit__(self, *_: object) -> None:
+        if self.shown:
+            enable_progress_bars()
+
+
+def _mixed(
+    data: DataSection, split: str | None = None, *, most: bool = True
+) -> tuple[list[Source], list[str]]:
+    """The rows that the recipe takes of each source, and a sentence on each share of a mixture."""
+    sources = load_sources(data, split)
+    weights = [entry.weight for entry in entries(data, split)]
+    given = [weight for weight in weights if weight is not None]
+    sizes = [len(source) for source in sources]
+    chosen = mixture(sizes, given or None, data.max_samples if most else None)
+    taken = [source.take(rows) for source, rows in zip(sources, chosen, strict=True)]
+    total = sum(map(len, taken))
+    notes = [
+        f"{source.name}: {len(source):,} of {size:,} rows, {len(source) / total:.1%} of the mixture"
+        for source, size in zip(taken, sizes, strict=True)
+        if len(taken) > 1
+    ]
+    return taken, notes
+
+
+def _hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], list[Source]]:
+    """Split rows off at random for evaluation, from every source the same share."""
+    generator = np.random.default_rng(SEED)
+    kept, held = [], []
+    for source in sources:
+        count = max(round(len(source) * share), 1)
+        if count >= len(source):
+            fail(
+                f"{share} of {len(source)} rows leaves none to train on",
+                where="data.test_split_size",
+                hint="make it smaller, or give a split of its own with data.dataset_test_split",
+            )
+        order = generator.permutation(len(source))
+        held.append(source.take(np.sort(order[:count])))
+        kept.append(source.take(np.sort(order[count:])))
+    return kept, held
+
+
+def _render_all(
+    sources: Sequence[Source],
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: Kind,
+    notes: list[str],
+    **options: bool,
+) -> RenderedRows:
+    parts = []
+    for source in sources:
+        form = recognise(source, PURPOSES[kind])
+        notes.append(form.sentence)
+        parts.append(to_canonical(source, form, data))
+    rendered = [
+        render_dataset(part, tokenizer, data, kind, check=False, **options) for part in parts
+    ]
+    if len(rendered) == 1:
+        rows = rendered[0]
+    else:
+        tables = [part.dataset for part in rendered]
+        if kind != "prompts" and not all("margin" in table.column_names for table in tables):
+            tables = [t.remove_columns({"margin"} & set(t.column_names)) for t in tables]
+        together = concatenate(tables, "data.datasets")
+        shuffled = together.shuffle(seed=SEED, keep_in_memory=True).flatten_indices(
+            keep_in_memory=True
+        )
+        rows = RenderedRows(shuffled, _added([part.stats for part in rendered], shuffled, kind))
+    check_some_kept(rows.stats, data, sources[0].name if len(sources) == 1 else "data.datasets")
+    return rows
+
+
+def _added(stats: Sequence[RenderStats], dataset: Dataset, kind: Kind) -> RenderStats:
+    summed = {name: sum(getattr(item, name) for item in stats) for name in asdict(stats[0])}
+    return RenderStats(**summed | lengths_of(row_lengths(dataset, kind)))

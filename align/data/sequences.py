@@ -1,0 +1,217 @@
+"""One row to token ids: chats, prompts, completions, pairs and plain text, with loss masks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from align.data.encoding import Encoded, Encoder
+from align.data.layout import Layout, Turns, Typesetter
+from align.errors import AlignError, Problem
+
+Prompt = str | Turns
+"""Messages, or plain text that no template touches."""
+Outcome = TypeVar("Outcome")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A sequence of tokens, all of equal standing but for the mask."""
+
+    input_ids: list[int]
+    loss_mask: list[int]
+    """1 for every token that is in the loss."""
+    ended: bool = True
+    """Whether the last token in the loss ends a turn or the text."""
+    escaped: bool = False
+    """Whether a control token written in the row was kept as text."""
+    split: bool = False
+    """Whether a token that reached across the start of an answer was split there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A prompt and completions behind it: `prompt_ids + completions[i]` is a sequence."""
+
+    prompt_ids: list[int]
+    completions: list[list[int]]
+    ended: bool = True
+    """Whether every completion ends with a token that ends a turn or the text."""
+    escaped: bool = False
+    split: bool = False
+
+
+class Renderer:
+    """Renders rows in batches. A row that cannot be rendered gives a Problem in its place."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.typesetter = Typesetter(tokenizer)
+        self.encoder = Encoder(tokenizer)
+        tokens = [*self.typesetter.facts.turn_ends, tokenizer.eos_token]
+        self.end_ids = frozenset(self.typesetter.facts.control[token] for token in tokens if token)
+
+    def chats(
+        self, chats: Sequence[Turns], *, first: Sequence[int] | None = None, whole: bool = False
+    ) -> list[Rendered | Problem]:
+        """Chats as `apply_chat_template` tokenizes them.
+
+        The loss is on assistant turns with the token that ends each of them, or, with `whole`, on
+        every token. `first` gives for each row the first message that may be in the loss.
+        """
+        return self._sequences(self.typesetter.chats(chats, first), whole=whole)
+
+    def completions(
+        self, prompts: Sequence[str], completions: Sequence[str]
+    ) -> list[Rendered | Problem]:
+        """Plain texts: begin token, prompt, completion, end token; the last two are in the loss."""
+        pairs = zip(prompts, completions, strict=True)
+        return self._sequences([self.typesetter.plain(*pair) for pair in pairs])
+
+    def texts(self, texts: Sequence[str]) -> list[Rendered | Problem]:
+        """Plain texts between begin and end token, every token in the loss."""
+        return self._sequences([self.typesetter.plain(text, "") for text in texts], whole=True)
+
+    def prompts(self, prompts: Sequence[Prompt]) -> list[list[int] | Problem]:
+        """Prompts up to where the answer begins: chats with the generation prompt, plain text."""
+        encoded = self._encode(self._opened(prompts))
+        return [item if isinstance(item, Problem) else item[1].ids for item in encoded]
+
+    def answers(self, rows: Sequence[tuple[Prompt, Sequence[Prompt]]]) -> list[Answered | Problem]:
+        """Prompts, each with the same number of completions.
+
+        A completion ends behind the token that ends its turn; what the template writes after that
+        (a line break in ChatML) is left out, as a sampled answer ends there too.
+        """
+        if not rows:
+            return []
+        prompts = self._encode(self._opened([prompt for prompt, _ in rows]))
+        columns = [self._encode(self._whole(rows, number)) for number in range(len(rows[0][1]))]
+        return [
+            self._join(prompt, wholes) for prompt, *wholes in zip(prompts, *columns, strict=True)
+        ]
+
+    def _opened(self, prompts: Sequence[Prompt]) -> list[Layout | Problem]:
+        if all(isinstance(prompt, str) for prompt in prompts):
+            return [self.typesetter.plain(str(prompt)) for prompt in prompts]
+        return self.typesetter.prompts([p for p in prompts if not isinstance(p, str)])
+
+    def _whole(
+        self, rows: Sequence[tuple[Prompt, Sequence[Prompt]]], number: int
+    ) -> list[Layout | Problem]:
+        """Layouts of prompt and completion, with the completion as the only span."""
+        if isinstance(rows[0][0], str):
+            return [
+                self.typesetter.plain(str(prompt), str(completions[number]))
+                for prompt, completions in rows
+            ]
+        chats = [[*prompt, *completions[number]] for prompt, completions in rows]
+        first = [len(prompt) for prompt, _ in rows]
+        layouts = self.typesetter.chats(chats, first)
+        for layout in layouts:
+            if isinstance(layout, Layout):
+                layout.spans = [(layout.spans[0][0], layout.spans[-1][1])]
+        return layouts
+
+    def _join(
+        self,
+        prompt: tuple[Layout, Encoded] | Problem,
+        wholes: Sequence[tuple[Layout, Encoded] | Problem],
+    ) -> Answered | Problem:
+        if isinstance(prompt, Problem):
+            return prompt
+        encoded = prompt[1]
+        escaped, split, completions = False, False, []
+        for whole in wholes:
+            if isinstance(whole, Problem):
+                return whole
+            if not whole[0].follows:
+                return Problem(
+                    "the chat template writes the prompt differently once it is answered",
+                    hint="give a template that only adds to a chat with model.chat_template_path",
+                )
+            answer = whole[1]
+            if answer.ids[: answer.spans[0][0]] != encoded.ids:
+                answer = self.encoder.in_pieces(whole[0])
+            low, high = answer.spans[0]
+            completions.append(answer.ids[low:high])
+            escaped |= bool(whole[0].protected.originals)
+            split |= answer.split
+        ended = all(ids and ids[-1] in self.end_ids for ids in completions)
+        return Answered(encoded.ids, completions, ended, escaped, split)
+
+    def _sequences(
+        self, layouts: Sequence[Layout | Problem], *, whole: bool = False
+    ) -> list[Rendered | Problem]:
+        results: list[Rendered | Problem] = []
+        for item in self._encode(layouts):
+            if isinstance(item, Problem):
+                results.append(item)
+                continue
+            layout, encoded = item
+            mask = [int(whole)] * len(encoded.ids)
+            for low, high in encoded.spans:
+                mask[low:high] = [1] * (high - low)
+            last = encoded.spans[-1][1] if encoded.spans else 0
+            ended = last > 0 and encoded.ids[last - 1] in self.end_ids
+            escaped = bool(layout.protected.originals)
+            results.append(Rendered(encoded.ids, mask, ended, escaped, encoded.split))
+        return results
+
+    def _encode(
+        self, layouts: Sequence[Layout | Problem]
+    ) -> list[tuple[Layout, Encoded] | Problem]:
+        sound = [layout for layout in layouts if isinstance(layout, Layout)]
+        encoded = iter(self.encoder.encode(sound))
+        results: list[tuple[Layout, Encoded] | Problem] = []
+        for layout in layouts:
+            if isinstance(layout, Problem):
+                results.append(layout)
+                continue
+            item = next(encoded)
+            results.append(item if isinstance(item, Problem) else (layout, item))
+        return results
+
+
+def _only(outcomes: Sequence[Outcome | Problem]) -> Outcome:
+    (outcome,) = outcomes
+    if isinstance(outcome, Problem):
+        raise AlignError(outcome)
+    return outcome
+
+
+def render_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Turns, *, assistant_only: bool = True
+) -> Rendered:
+    """A whole chat as `apply_chat_template` tokenizes it, with the loss on the assistant's turns.
+
+    Raises:
+        AlignError: the tokenizer has no template, or the template refuses these turns.
+    """
+    return _only(Renderer(tokenizer).chats([messages], whole=not assistant_only))
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """A prompt up to where the answer begins, as it is given to a model that answers it."""
+    return _only(Renderer(tokenizer).prompts([prompt]))
+
+
+def render_completion(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt
+) -> list[int]:
+    """The ids that follow `render_prompt(prompt)`, the token that ends the turn included."""
+    return _only(Renderer(tokenizer).answers([(prompt, [completion])])).completions[0]
+
+
+def render_pair(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chosen: Prompt, rejected: Prompt
+) -> tuple[list[int], list[int], list[int]]:
+    """Ids of a prompt and of two answers to it, each of which goes on behind the prompt."""
+    row = _only(Renderer(tokenizer).answers([(prompt, [chosen, rejected])]))
+    return row.prompt_ids, row.completions[0], row.completions[1]
+
+
+def render_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Rendered:
+    """A plain text between begin and end token, every token in the loss."""
+    return _only(Renderer(tokenizer).texts([text]))

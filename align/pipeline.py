@@ -1,0 +1,226 @@
+"""`align run`: the stages of a pipeline in order, each only where its result is not there already.
+
+A stage is looked at when its turn comes, by the content of its inputs: a stage before it that ran
+again and gave the same artifact changes nothing after it. Runs that are replaced move to
+`<output_dir>/.old/` and come back from there when a recipe is changed back.
+"""
+
+import gc
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from align.config.load import LoadedPipeline
+from align.config.problems import dotted
+from align.config.references import references
+from align.config.sections import StageConfig
+from align.config.suggest import nearest
+from align.durable import free_name, read_json, rename, write_json, write_text
+from align.errors import AlignError, Problem, fail
+from align.launch import needs_launch, relaunch
+from align.lineage import Identity, identify
+from align.locks import locked
+from align.report.progress import duration
+from align.report.tables import key_metrics, show_table, write_table
+from align.report.terminal import say
+from align.resources import display
+from align.runs import Stopped, output_path, recipe_text, run_stage, stoppable
+from align.standing import refuse, standing
+from align.status import PIPELINE_FILE, Plan, StageStatus, survey
+
+OLD = ".old"
+
+
+def run_pipeline(
+    loaded: LoadedPipeline, *, until: str | None = None, force: Sequence[str] = ()
+) -> Path:
+    """Run the stages of a pipeline that are not complete and unchanged; returns its folder.
+
+    Args:
+        loaded: a checked pipeline.
+        until: the last stage to run.
+        force: stages that run again although nothing changed.
+
+    Raises:
+        AlignError: a stage failed, with what to mend; the stages before it stay.
+    """
+    plan = Plan.of(loaded)
+    names = _names(plan, until, force)
+    with stoppable():
+        found = {stage.name: stage for stage in survey(plan)}
+        _refuse_foreign(plan, names, found)
+        if not force and all(found[name].state == "complete" for name in names):
+            say(f"nothing to do: all {len(names)} stages are complete and unchanged", style="green")
+            show_table(plan)
+            _say_where(plan)
+            return plan.output
+        with locked(plan.output):
+            _Walk(plan, names, set(force)).go()
+        return plan.output
+
+
+def _names(plan: Plan, until: str | None, force: Sequence[str]) -> list[str]:
+    """The stages to look at, in order."""
+    for key, wanted in [("--until", until), *(("--force", name) for name in force)]:
+        if wanted is not None and wanted not in plan.chosen:
+            close = nearest(wanted, plan.chosen)
+            hint = f"did you mean `{close}`?" if close else f"stages: {', '.join(plan.chosen)}"
+            fail(f"no stage that runs is called `{wanted}`", where=key, hint=hint)
+    names = list(plan.chosen)
+    return names[: names.index(until) + 1] if until else names
+
+
+def _refuse_foreign(plan: Plan, names: Sequence[str], found: dict[str, StageStatus]) -> None:
+    """Before anything runs: no stage may have to write where something else lies."""
+    for name in names:
+        if found[name].state == "foreign":
+            output = output_path(plan.configs[name])
+            refuse(output, standing(output, Identity({}, {})))
+
+
+def _say_where(plan: Plan) -> None:
+    say(f"everything lies in {display(plan.output)}/")
+
+
+class _Walk:
+    """One walk over the stages; keeps pipeline.json up to date."""
+
+    def __init__(self, plan: Plan, names: Sequence[str], force: set[str]) -> None:
+        self.plan, self.names, self.force = plan, names, force
+        self.file = plan.output / PIPELINE_FILE
+        kept = read_json(self.file) or {}
+        self.record = {
+            "recipe": plan.recipe,
+            "chosen": list(plan.chosen),
+            "seconds": kept.get("seconds", 0.0),
+            "stages": {
+                name: {
+                    "kind": plan.kind(name),
+                    "needs": list(plan.needs(name)),
+                    "config": config.model_dump(mode="json", exclude_unset=True),
+                }
+                for name, config in plan.configs.items()
+            },
+        }
+
+    def go(self) -> None:
+        """Walk through; afterwards show the table."""
+        started = time.monotonic()
+        before = float(self.record["seconds"])
+        write_json(self.file, self.record)
+        for name in self.names:
+            try:
+                self.stage(name)
+            except AlignError as error:
+                self.failed(name, error)
+            except Exception as error:
+                self.note(name, failure=f"{type(error).__name__}: {error}"[:300])
+                raise
+            finally:
+                self.record["seconds"] = round(before + time.monotonic() - started, 3)
+                write_json(self.file, self.record)
+        if self.names[-1] == self.plan.chosen[-1]:
+            write_table(self.plan)
+            show_table(self.plan)
+        _say_where(self.plan)
+
+    def stage(self, name: str) -> None:
+        """Bring one stage to completion, by leaving it, bringing it back or running it."""
+        config = self.plan.resolved(name)
+        output, identity = output_path(config), identify(config)
+        found = standing(output, identity)
+        forced = name in self.force
+        if found.state == "unchanged" and not forced:
+            say(f"{name}: unchanged")
+            self.note(name, fingerprint=identity.fingerprint)
+            return
+        if found.state == "foreign":
+            refuse(output, found)
+        if found.state != "absent":
+            self.retire(name, output, found.reasons or ("asked for by --force",))
+        if not forced and self.bring_back(name, output, identity):
+            self.note(name, fingerprint=identity.fingerprint)
+            return
+        self.run(name, config)
+        self.note(name, fingerprint=identity.fingerprint)
+
+    def run(self, name: str, config: StageConfig) -> None:
+        """Run one stage, here or in processes of its own, and say how it ended."""
+        number = self.plan.chosen.index(name) + 1
+        say(f"[{number}/{len(self.plan.chosen)}] {name} ({self.plan.kind(name)})", style="bold")
+        if needs_launch(config.launch):
+            self.launch(name, config)
+        else:
+            sources = {
+                dotted(found.path): found.stage for found in references(self.plan.configs[name])
+            }
+            run_stage(config, name=name, inputs=sources)
+            _free_memory()
+        summary = read_json(output_path(config) / "summary.json") or {}
+        figures = ", ".join(f"{key} {value}" for key, value in key_metrics(summary))
+        took = duration(float(summary.get("seconds", 0.0)))
+        say(f"{name}: done in {took}" + (f" ({figures})" if figures else ""), style="green")
+
+    def launch(self, name: str, config: StageConfig) -> None:
+        """Run one stage in several processes, by its own command."""
+        recipe = self.plan.output / ".recipes" / f"{name}.yaml"
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        write_text(recipe, recipe_text(config))
+        code = relaunch([self.plan.kind(name), "--recipe", str(recipe)], config.launch)
+        if code > 128:
+            raise Stopped(code - 128)
+        if code != 0:
+            fail(f"ended with exit code {code}", where=name, hint="its own message stands above")
+
+    def retire(self, name: str, output: Path, reasons: Sequence[str]) -> None:
+        """Move a run that is replaced to `.old/`; nothing is deleted."""
+        kept = read_json(output / "lineage.json") or {}
+        mark = str(kept.get("fingerprint", "unknown"))[:8]
+        aside = free_name(self.plan.output / OLD / f"{name}-{mark}")
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        rename(output, aside)
+        shown = "; ".join(reasons[:3]) + (" ..." if len(reasons) > 3 else "")
+        say(f"{name}: runs again ({shown}); the run before is kept in {display(aside)}")
+
+    def bring_back(self, name: str, output: Path, identity: Identity) -> bool:
+        """Take a run of this very recipe and these inputs back from `.old/`, if there is one."""
+        kept = self.plan.output / OLD / f"{name}-{identity.fingerprint[:8]}"
+        if standing(kept, identity).state != "unchanged":
+            return False
+        if output.exists():
+            output.rmdir()  # an empty folder, or it would not be absent
+        rename(kept, output)
+        say(f"{name}: this very run was kept in {OLD}/ and is back")
+        return True
+
+    def note(self, name: str, **facts: str) -> None:
+        """Put a stage's outcome into the record."""
+        stage = self.record["stages"][name]
+        for key in ("failure", "fingerprint"):
+            stage.pop(key, None)
+        stage |= facts
+
+    def failed(self, name: str, error: AlignError) -> None:
+        """Say what failed, what stays and how to go on, with the error's own exit code."""
+        self.note(name, failure=str(error.problems[0])[:300] if error.problems else str(error))
+        done = self.names[: self.names.index(name)]
+        stays = f"; {', '.join(done)} stay as they are" if done else ""
+        word = "was stopped" if isinstance(error, Stopped) else "failed"
+        told = AlignError(
+            *error.problems,
+            Problem(
+                f"the stage `{name}` {word}{stays}",
+                hint=f"`align run {display(Path(self.plan.recipe))}` goes on from here",
+            ),
+        )
+        told.exit_code = error.exit_code
+        raise told from None
+
+
+def _free_memory() -> None:
+    """Give the models of the stage before back, so that each stage has the whole machine."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
