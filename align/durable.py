@@ -23,21 +23,27 @@ def sync_tree(root: Path) -> None:
         sync(Path(folder))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by `text` in one step: readers see the old content or the new one."""
+def write_text(path: Path, text: str, *, flush: bool = True) -> None:
+    """Replace a file by `text` in one step: readers see the old content or the new one.
+
+    Without `flush` that holds for a killed process but not for a power cut.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
+        if flush:
+            sync(temporary)
         temporary.replace(path)
-        sync(path.parent)
+        if flush:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, flush: bool = True) -> None:
     """Replace a file by `value` as indented JSON in one step."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    write_text(path, text, flush=flush)
 
 
 def read_json(path: Path) -> Any:

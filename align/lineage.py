@@ -42,7 +42,8 @@ BATCH = (
     "trainer.gradient_accumulation_steps",
     "launch.num_processes",
 )
-"""Only their product, the rows per optimizer step, is in the fingerprint."""
+"""Only their product, the rows per optimizer step, is in the fingerprint: how a step is split
+changes rounding (and the masks of dropout) alone, and may have to change when memory runs out."""
 
 TEMPLATE_KEY = "model.chat_template_path"
 """Names a Jinja file, or one that ships under a short name."""
@@ -231,6 +232,9 @@ def identify(config: StageConfig) -> Identity:
         inputs |= _data_inputs(data)
     if BATCH[0] in recipe:
         recipe["rows per optimizer step"] = math.prod(int(recipe[key]) for key in BATCH)
+        if recipe["trainer.train_sampling_strategy"] == "group_by_length":
+            # Rows are grouped per process, so the rows of a step depend on how many there are.
+            recipe["processes"] = recipe["launch.num_processes"]
     for key in (*NOT_IN_RESULT, *BATCH):
         recipe.pop(key, None)
     contents = {

@@ -108,6 +108,7 @@ class _Walk:
         """Walk through; afterwards show the table."""
         started = time.monotonic()
         before = float(self.record["seconds"])
+        self.plan.output.mkdir(parents=True, exist_ok=True)
         write_json(self.file, self.record)
         for name in self.names:
             try:
@@ -120,6 +121,7 @@ class _Walk:
             finally:
                 self.record["seconds"] = round(before + time.monotonic() - started, 3)
                 write_json(self.file, self.record)
+                self.tidy()
         if self.names[-1] == self.plan.chosen[-1]:
             write_table(self.plan)
             show_table(self.plan)
@@ -193,6 +195,12 @@ class _Walk:
         rename(kept, output)
         say(f"{name}: this very run was kept in {OLD}/ and is back")
         return True
+
+    def tidy(self) -> None:
+        """Leave no folder behind when the first stage refused its input."""
+        if [path.name for path in self.plan.output.iterdir()] == [PIPELINE_FILE]:
+            self.file.unlink()
+            self.plan.output.rmdir()
 
     def note(self, name: str, **facts: str) -> None:
         """Put a stage's outcome into the record."""

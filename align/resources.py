@@ -163,7 +163,7 @@ def copy_recipe(name: str, destination: Path | None = None) -> list[Path]:
 
 
 def accelerate_config(name: str, *, beside: Path | None = None) -> Path | None:
-    """The accelerate config that `name` means: a shipped one (`ddp`, `fsdp2`, `zero3`) or a file."""
+    """The accelerate config that `name` means: shipped (`ddp`, `fsdp2`, `zero3`) or a file."""
     if name in accelerate_names():
         return shipped("recipes") / "accelerate" / f"{name}.yaml"
     found = find_path(name, beside=beside)

@@ -46,6 +46,10 @@ WORKING = ("checkpoints", "parts")
 """Folders that only an unfinished run needs."""
 
 
+UNSET_MATTERS = (("model", "adapter_mode"), ("launch", "num_processes"))
+"""Keys whose default means something else when it is written down."""
+
+
 class Stopped(AlignError):
     """Stopped by a signal, and the same command goes on. Exit code 128 + signal."""
 
@@ -67,6 +71,10 @@ def partial_path(output: Path) -> Path:
 def recipe_text(config: StageConfig) -> str:
     """A config as YAML that loads again; access tokens are left out."""
     recipe = config.model_dump(mode="json")
+    given = config.model_dump(mode="json", exclude_unset=True)
+    for section, key in UNSET_MATTERS:
+        if key in recipe.get(section, {}) and key not in given.get(section, {}):
+            del recipe[section][key]
     ordered = {"stage": recipe.pop("stage"), "output_dir": recipe.pop("output_dir"), **recipe}
     return SECRET.sub("<secret>", yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True))
 
@@ -154,11 +162,14 @@ class RunFolder:
         """Put a fact about the result's origin (base model, rows) into lineage.json."""
         if self.is_main:
             self._lineage[key] = _plain(value)
-            write_json(self.path / "lineage.json", self._lineage)
+            write_json(self.path / "lineage.json", self._lineage, flush=False)
 
     def data(self, rows: Any) -> None:
-        """Put the origin of a stage's rows into lineage.json, as the data room describes it."""
+        """Put the origin of a stage's rows into lineage.json, and say what was made of them."""
         self.trace("data", rows.origin())
+        if self.is_main and not self.quiet:
+            for note in rows.notes:
+                say(f"{self.name}: {note}")
 
     def finish(self) -> Path:
         """Hash the outputs, flush everything and give the folder its final name.
@@ -212,9 +223,9 @@ class RunFolder:
             "parts": identity.parts,
             "inputs": [{"key": key} | facts for key, facts in identity.inputs.items()],
         }
-        write_text(self.path / "recipe.yaml", recipe_text(self.config))
-        write_json(self.path / "environment.json", self._environment())
-        write_json(self.path / "lineage.json", self._lineage)
+        write_text(self.path / "recipe.yaml", recipe_text(self.config), flush=False)
+        write_json(self.path / "environment.json", self._environment(), flush=False)
+        write_json(self.path / "lineage.json", self._lineage, flush=False)
         self._write_summary()
 
     def _go_on(self) -> None:
@@ -234,9 +245,10 @@ class RunFolder:
     def _write_summary(self) -> None:
         head: dict[str, Any] = {"stage": self.stage, "name": self.name}
         head |= {"attempts": self.attempt, "seconds": round(self.seconds, 3)}
-        write_json(self.path / "summary.json", head | self._notes)
+        write_json(self.path / "summary.json", head | self._notes, flush=False)
 
     def _complete(self) -> None:
+        _open_to_the_group(self.artifact)
         files = {
             path.relative_to(self.artifact).as_posix(): {
                 "size": path.stat().st_size,
@@ -247,7 +259,9 @@ class RunFolder:
         if not files:
             raise RuntimeError(f"the stage `{self.stage}` ended without an artifact")
         self._write_summary()
-        write_json(self.path / "environment.json", self._environment())
+        write_json(self.path / "environment.json", self._environment(), flush=False)
+        # The lineage with outputs says that all files are there: they must reach the disk first.
+        sync_tree(self.artifact)
         content = digest_of({name: facts["sha256"] for name, facts in files.items()})
         self._lineage["outputs"] = {"artifact": content, "files": files}
         write_json(self.path / "lineage.json", self._lineage)
@@ -261,6 +275,14 @@ def publish(partial: Path, output: Path) -> None:
         output.rmdir()
     rename(partial, output)
     _tidy(output)
+
+
+def _open_to_the_group(root: Path) -> None:
+    """Give files the rights that the umask asks for; safetensors writes them for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder_files(root):
+        path.chmod(0o666 & ~mask)
 
 
 def _tidy(output: Path) -> None:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from align import stages
+from align.config.load import load_pipeline
 from align.durable import read_json, write_json
 from align.errors import fail
 from align.lineage import identify
+from align.pipeline import run_pipeline
 from align.runs import RunFolder, run_stage
 from align.stages.dpo import DPOConfig
 from align.stages.evaluate import EvalConfig
@@ -69,6 +71,10 @@ def obey(order: str | None, when: str, folder: RunFolder) -> None:
 def run(config: Any, folder: RunFolder) -> None:
     """Write four parts, each once, then an artifact that depends on recipe and inputs alone."""
     order = control().get(folder.name)
+    ran = os.environ.get("FAKE_RAN")
+    if ran:
+        with Path(ran).open("a", encoding="utf-8") as handle:
+            handle.write(folder.name + "\n")
     obey(order, "at once", folder)
     for number in range(PARTS):
         part = folder.parts / f"{number}.json"
@@ -84,8 +90,41 @@ def run(config: Any, folder: RunFolder) -> None:
     if config.stage == "sample":
         for name in ("sft.jsonl", "pairs.jsonl", "samples.parquet"):
             (folder.artifact / name).write_text(content, encoding="utf-8")
+    if config.stage == "eval":
+        write_json(folder.artifact / "results.json", fake_results(config))
+    if config.stage == "reward":
+        folder.note("accuracy", 0.8431)
+        folder.note("accuracy_from", "held-out split")
     folder.note("tokens", 1234)
     folder.note("loss", 0.5)
+
+
+def fake_results(config: EvalConfig) -> dict[str, Any]:
+    """Results as `align eval` writes them, with made-up numbers."""
+
+    def mean(value: float) -> dict[str, Any]:
+        return {"mean": value, "low": value - 0.02, "high": value + 0.02, "n": 400}
+
+    rows = [
+        {
+            "label": name,
+            "model": name,
+            "temperature": temperature,
+            "best_of": None,
+            "scores": {"score": mean(0.5 + 0.1 * at)},
+            "reward": mean(1.0 + at),
+            "kl": {"k1": mean(0.25 * at)},
+        }
+        for at, name in enumerate(config.models)
+        for temperature in config.generation.temperatures
+    ]
+    return {
+        "prompts": 400,
+        "judge": config.judge,
+        "reference": config.reference,
+        "confidence": config.confidence,
+        "rows": rows,
+    }
 
 
 if __name__ == "__main__":
@@ -93,4 +132,7 @@ if __name__ == "__main__":
     for stage, made in CLASSES.items():
         stages.STAGES[stage] = f"fake_stages:{made.__name__}"
     kind, text = sys.argv[1:]
-    print(run_stage(CLASSES[kind].model_validate_json(text)))
+    if kind == "pipeline":
+        run_pipeline(load_pipeline(text))
+    else:
+        print(run_stage(CLASSES[kind].model_validate_json(text)))

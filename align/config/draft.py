@@ -152,7 +152,7 @@ class Draft:
                 self.problems.append(RecipeProblem.at(source, key, message, hint, value))
 
     def add(self, layer: Layer) -> None:
-        """Put a layer over what was given so far; unknown keys and keys given twice are problems."""
+        """Put a layer over what was given so far; unknown and doubled keys are problems."""
         taken: dict[str, KeyPath] = {}
         for path, value in self.entries(layer):
             leaf, inner = self.find(dotted(path))

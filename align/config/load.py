@@ -1,10 +1,10 @@
 """Recipes and pipelines from YAML and the command line, checked all at once.
 
 Precedence: defaults < recipe < `--set` and flags, in the order given. In a pipeline: the fields'
-own defaults < the pipeline's `defaults:` < a stage's `recipe:` < its inline keys < `--set`. Mappings
-of files are merged key by key, everything else is replaced. A relative path is looked for in the
-current folder, then beside the file that names it, then among what ships with align; `output_dir` is
-relative to the current folder.
+own defaults < the pipeline's `defaults:` < a stage's `recipe:` < its inline keys < `--set`.
+Mappings of files are merged key by key, everything else is replaced. A relative path is looked for in
+the current folder, then beside the file that names it, then among what ships with align;
+`output_dir` is relative to the current folder.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -108,7 +108,7 @@ def _kind(document: Document, stage: str | None) -> str:
 
 
 def load_stage(
-    path: str | Path,
+    path: str | Path | None,
     overrides: Sequence[str | Override] = (),
     *,
     stage: str | None = None,
@@ -118,7 +118,7 @@ def load_stage(
     """Load the recipe of one stage.
 
     Args:
-        path: a file, or the name of a shipped recipe.
+        path: a file, or the name of a shipped recipe; None where overrides give everything.
         overrides: `KEY=VALUE` in the order given; a later one wins.
         stage: the stage it must be for; the recipe's own `stage:` when None.
         flags: further values by key, which win over `overrides`.
@@ -127,7 +127,8 @@ def load_stage(
     Raises:
         AlignError: with every problem of the recipe at once.
     """
-    document, file = read_recipe(path)
+    nothing = Document("the command line", {}, {}, {}), Path.cwd() / "recipe.yaml"
+    document, file = read_recipe(path) if path is not None else nothing
     if is_pipeline(document):
         fail(
             "is a pipeline, not the recipe of one stage",

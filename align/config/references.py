@@ -193,7 +193,7 @@ def drop_unused(config: Any, unused: Sequence[str]) -> tuple[Any, list[Trouble]]
     found = [
         Trouble(
             (key,),
-            f"names `{nested[key]}` of the optional stage `{gone[nested[key]]}`, which does not run",
+            f"names `{nested[key]}` of the stage `{gone[nested[key]]}`, which does not run",
             f"add `--with {gone[nested[key]]}`, or name another model",
         )
         for key in ("reference", "baseline")

@@ -1,7 +1,8 @@
 """JSON schemas of recipes, for editors (yaml-language-server) and scripts, from the config fields.
 
 A schema is as wide as the loader: keys of a section may stand at the top of a stage recipe, and
-nothing is required, because a flag may give it. What must hold between values, `align validate` checks.
+nothing is required, because a flag may give it. `align validate` checks what must hold between
+values.
 """
 
 from collections.abc import Mapping
@@ -97,7 +98,7 @@ def pipeline_schema() -> dict[str, Any]:
         "properties": {
             "output_dir": {
                 "type": "string",
-                "description": "Folder of the runs; a stage writes to the folder of its name in it.",
+                "description": "Folder of the runs; a stage writes to its name's folder in it.",
             },
             "defaults": {
                 "type": ["object", "null"],
@@ -107,7 +108,7 @@ def pipeline_schema() -> dict[str, Any]:
             },
             "stages": {
                 "type": "object",
-                "description": "Name -> stage, in order; `$name` is the artifact of an earlier one.",
+                "description": "Name -> stage, in order; `$name` is what an earlier one left.",
                 "minProperties": 1,
                 "additionalProperties": stage,
             },

@@ -92,7 +92,7 @@ class Location:
     """Where the rows of one split lie."""
 
     name: str
-    """As the recipe says it."""
+    """As messages show it."""
     split: str
     """Without slicing."""
     files: tuple[Path, ...] = ()
@@ -114,6 +114,7 @@ def locate(name: str, split: str, config: str | None = None) -> Location:
         if _only_a_path(name):
             fail("no such file or folder", where=name, hint=f"looked in {Path.cwd()}")
         return Location(name, split, hub=name, config=config)
+    name = display(path)
     if (path / CARD).is_file():
         return _from_card(path, name, split, config)
     if path.is_dir():

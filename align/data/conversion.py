@@ -36,6 +36,10 @@ class RowError(Exception):
     """What is wrong with one row; whoever knows the row's place tells it to the user."""
 
 
+class NothingToLearn(RowError):
+    """A well-formed row that teaches nothing: an empty answer, or two sides that are the same."""
+
+
 def turns(value: Any, column: str) -> list[Message]:
     """Messages (`role`/`content`) or ShareGPT turns (`from`/`value`) as messages."""
     if isinstance(value, str) and is_transcript(value):
@@ -105,8 +109,8 @@ def text_of(row: Row, column: str, *, empty: bool = False) -> str:
     value = row.get(column)
     if not isinstance(value, str):
         raise RowError(f"`{column}` is {kind_of(value)} and not text")
-    if not value and not empty:
-        raise RowError(f"`{column}` is empty")
+    if not value.strip() and not empty:
+        raise NothingToLearn(f"`{column}` is empty")
     return value
 
 
@@ -124,7 +128,7 @@ def _check_answered(messages: Sequence[Message], column: str) -> None:
     if last["role"] != "assistant":
         raise RowError(f"`{column}` ends on a turn of the {last['role']}, and not with an answer")
     if not last["content"].strip():
-        raise RowError(f"`{column}` ends with an empty answer")
+        raise NothingToLearn(f"`{column}` ends with an empty answer")
 
 
 # Demonstrations
@@ -224,7 +228,7 @@ def _pair(
         )
     first, second = (_side(row, side) for side in (better, worse))
     if first == second:
-        raise RowError(f"`{better}` and `{worse}` are the same")
+        raise NothingToLearn(f"`{better}` and `{worse}` are the same")
     if first[0]["role"] != "assistant" and second[0]["role"] != "assistant":
         shared = _shared(first, second)
         prompt = with_system(first[:shared], row, system_prompt)
@@ -258,7 +262,7 @@ def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
 def _plain_pair(row: Row, better: str, worse: str) -> tuple[str, str, str]:
     first, second = text_of(row, better), text_of(row, worse)
     if first == second:
-        raise RowError(f"`{better}` and `{worse}` are the same")
+        raise NothingToLearn(f"`{better}` and `{worse}` are the same")
     if row.get("prompt") is not None:
         return text_of(row, "prompt", empty=True), first, second
     # The common beginning is the prompt, up to the last white space so that no word is cut.

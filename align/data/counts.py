@@ -20,6 +20,8 @@ class RenderStats:
     """Kept rows that were cut at `max_length`."""
     too_long: int = 0
     """Left out: longer than `max_length`, under truncation_mode `drop` or as a prompt."""
+    idle: int = 0
+    """Left out: an empty answer, or a pair whose sides are the same."""
     no_loss: int = 0
     """Left out: no token in the loss."""
     equal: int = 0
@@ -84,6 +86,7 @@ def sentences(stats: RenderStats, *, max_length: int | None, trains: bool) -> li
         (stats.truncated, f"cut at the end: {limit}"),
         (stats.too_long, f"left out: {limit}"),
         (stats.no_loss, "left out: no token in the loss"),
+        (stats.idle, "left out: nothing to learn (an empty answer, or two equal sides)"),
         (stats.equal, "left out: both sides are the same after the cut"),
         (stats.escaped, "with control tokens in their text, which were kept as text"),
         (stats.split, "where a token across the start of an answer was split there"),

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, List, Value
 from align.config.sections import DataSection, Format
 from align.config.suggest import nearest
 from align.data import conversion
-from align.data.conversion import RowError
+from align.data.conversion import NothingToLearn, RowError
 from align.data.files import MOST_PROBLEMS
 from align.data.sources import Indices, Source
 from align.errors import AlignError, Problem, fail
@@ -20,6 +20,10 @@ Purpose = Literal["demonstrations", "preference", "prompts"]
 
 TURNS = List({"role": Value("string"), "content": Value("string")})
 TEXT = Value("string")
+
+TOLERATED = 0.01
+"""Share of a source's rows that may teach nothing (two equal sides, an empty answer): they are left
+out and said. Large public preference sets hold a few; more of them is an error."""
 
 Candidate = tuple[Format, tuple[str, ...]]
 
@@ -89,6 +93,8 @@ class Canonical:
     source: Source
     rows: Indices
     """For each canonical row its index in the source."""
+    left_out: list[Problem]
+    """Rows that teach nothing, with the reason."""
 
     def where(self, index: int) -> str:
         """File and row number that a canonical row comes from."""
@@ -247,7 +253,7 @@ def to_canonical(source: Source, form: Recognised, data: DataSection) -> Canonic
     if form.purpose == "prompts":
         kept = {**known, **{ours: known[theirs] for ours, theirs in mapping.items()}}
         kept.pop("prompt", None)
-    new = {**_features(form), "_row": Value("int64"), "_problem": TEXT}
+    new = {**_features(form), "_row": Value("int64"), "_problem": TEXT, "_idle": Value("bool")}
     features = Features({**kept, **new})
     dataset = source.dataset
     if form.format == "prompt_completion" and _labelled(source):
@@ -266,16 +272,27 @@ def to_canonical(source: Source, form: Recognised, data: DataSection) -> Canonic
         load_from_cache_file=False,
         new_fingerprint=f"canonical-{dataset._fingerprint}",
     )
+    return _checked(made, source, form)
+
+
+def _checked(made: Dataset, source: Source, form: Recognised) -> Canonical:
+    """Raise what is wrong with the rows; leave out the few that teach nothing."""
     rows = np.asarray(made["_row"], dtype=np.int64)
-    problems = [
-        Problem(text, source.where(int(row)))
-        for row, text in zip(rows, made["_problem"], strict=True)
-        if text is not None
-    ]
+    problems: list[Problem] = []
+    left_out: list[Problem] = []
+    for row, text, idle in zip(rows, made["_problem"], made["_idle"], strict=True):
+        if text is not None:
+            (left_out if idle else problems).append(Problem(text, source.where(int(row))))
+    if len(left_out) > TOLERATED * len(source):
+        problems += left_out
     raise_problems(problems)
+    if left_out:
+        sound = np.flatnonzero([text is None for text in made["_problem"]])
+        made, rows = made.select(sound).flatten_indices(keep_in_memory=True), rows[sound]
     if not len(made):
         fail("holds no row that can be used", where=source.name)
-    return Canonical(made.remove_columns(["_row", "_problem"]), form, source, rows)
+    dataset = made.remove_columns(["_row", "_problem", "_idle"])
+    return Canonical(dataset, form, source, rows, left_out)
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
@@ -309,7 +326,7 @@ def _convert_batch(
     mapping: Mapping[str, str],
     kept: Sequence[str],
 ) -> dict[str, list[Any]]:
-    names = [*_features(form), "_row", "_problem"]
+    names = [*_features(form), "_row", "_problem", "_idle"]
     made: dict[str, list[Any]] = {name: [] for name in names}
     for place, index in enumerate(indices):
         row = {name: values[place] for name, values in batch.items()}
@@ -317,7 +334,8 @@ def _convert_batch(
         try:
             canonical = [{**item, "_row": index} for item in _convert(row, form, system)]
         except RowError as error:
-            canonical = [{"_row": index, "_problem": str(error)}]
+            idle = isinstance(error, NothingToLearn)
+            canonical = [{"_row": index, "_problem": str(error), "_idle": idle}]
         for item in canonical:
             for name in names:
                 made[name].append(item.get(name))

@@ -1,4 +1,4 @@
-"""`align inspect`: what a stage really trains on, token by token, from the rows it would train on."""
+"""`align inspect`: what a stage really trains on, token by token."""
 
 import json
 from bisect import bisect_left, insort
@@ -38,7 +38,7 @@ class Sequence:
     """`chosen` or `rejected` in a pair."""
     ids: list[int]
     loss_mask: list[int]
-    """1 for the tokens in the loss; in a pair for the answer (a reward model is read at its end)."""
+    """1 for the tokens in the loss; in a pair for the answer."""
 
     def as_json(self) -> str:
         """One line: ids and mask, with row and side in a pair."""
@@ -47,7 +47,7 @@ class Sequence:
 
 
 def inspect_stage(config: StageConfig, *, rows: int = 3, as_json: bool = False) -> None:
-    """Print the first rows of a stage, every token coloured by whether it is in the loss, and counts.
+    """Print counts and the first rows of a stage, tokens coloured by whether they are in the loss.
 
     Needs the tokenizer, not the weights.
 

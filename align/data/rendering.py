@@ -193,6 +193,7 @@ def _render_all(
         form = recognise(source, PURPOSES[kind])
         notes.append(form.sentence)
         parts.append(to_canonical(source, form, data))
+        notes += [f"left out: {problem}" for problem in parts[-1].left_out[:3]]
     rendered = [
         render_dataset(part, tokenizer, data, kind, check=False, **options) for part in parts
     ]

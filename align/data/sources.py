@@ -29,7 +29,7 @@ class Source:
     """Rows of one entry of the recipe, as they are in their files."""
 
     name: str
-    """As the recipe says it."""
+    """As messages show it."""
     dataset: Dataset
     rows: Indices
     """For each row its place in the whole of the files, counted from 0."""
@@ -80,9 +80,10 @@ def _load(entry: DatasetEntry, data: DataSection) -> Source:
             where=entry.path,
             hint=f"the split has {sum(count for _, count in source.files)} rows",
         )
-    columns = {**(source.columns or {}), **(entry.columns or data.columns or {})}
-    form = data.format if data.format != "auto" else source.format
-    return replace(source, columns=columns or None, format=form)
+    given = entry.columns or data.columns
+    # What the recipe says of its columns replaces what the card says of them, its format included.
+    form = data.format if data.format != "auto" or given else source.format
+    return replace(source, columns=given or source.columns, format=form)
 
 
 def _joined(entry: DatasetEntry, parts: Sequence[Source]) -> Source:
@@ -120,7 +121,7 @@ def _load_part(entry: DatasetEntry, split: str) -> Source:
         described = zip(describe_location(location), sizes, strict=True)
         infos = tuple(replace(info, rows=size) for info, size in described)
     source = Source(
-        entry.path,
+        location.name,
         dataset,
         np.arange(len(dataset)),
         files,

@@ -135,8 +135,9 @@ def _finished(
     if len(kept) < len(made):
         dataset = dataset.select(kept).flatten_indices(keep_in_memory=True)
     stats = RenderStats(
-        rows=len(made),
+        rows=len(made) + len(rows.left_out),
         kept=len(kept),
+        idle=len(rows.left_out),
         **{fate: int((fates == place).sum()) for place, fate in enumerate(FATES) if place},
         **{name: int(values[kept].sum()) for name, values in counted.items()},
         **lengths_of(row_lengths(dataset, kind)) if len(kept) else {},

@@ -126,6 +126,7 @@ SCHEMA = pa.schema(
         ("row", pa.string()),
         ("answer", pa.string()),
         ("ids", pa.list_(pa.int32())),
+        ("stop_id", pa.int32()),
         ("tokens", pa.int64()),
         ("ended", pa.bool_()),
         ("score", pa.float64()),
@@ -153,8 +154,9 @@ def _table(prompts: Sequence[Prompt], sheet: Sheet) -> pa.Table:
     ):
         row = {"model": sheet.model, "temperature": sheet.temperature, "best_of": sheet.best_of}
         row |= prompt_columns(prompt)
-        row |= {"answer": answer.text, "ids": answer.ids, "tokens": len(answer.all_ids)}
-        row |= {"ended": answer.ended, "score": None if score is None else float(score[at])}
+        row |= {"answer": answer.text, "ids": answer.ids, "stop_id": answer.stop_id}
+        row |= {"tokens": len(answer.all_ids), "ended": answer.ended}
+        row |= {"score": None if score is None else float(score[at])}
         row |= {"verdict": as_json(answer.verdict), "reward": reward}
         rows.append(row)
     return pa.Table.from_pylist(rows, schema=SCHEMA)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from math import comb, sqrt
 from statistics import NormalDist
 from typing import Any
@@ -13,7 +14,7 @@ Array = NDArray[np.float64]
 
 RESAMPLES = 10_000
 CELLS_AT_ONCE = 4_000_000
-"""Random numbers held at once (32 MB); longer lists are resampled in several goes."""
+"""Random numbers held at once (16 MB); longer lists are resampled in several goes."""
 
 _NORMAL = NormalDist()
 
@@ -128,8 +129,11 @@ def _finite(values: ArrayLike) -> Array:
 
 
 def _bca(data: Array, confidence: float, seed: int, resamples: int) -> tuple[float, float]:
-    """Bias-corrected and accelerated bootstrap interval of the mean (Efron 1987)."""
-    deviations = data - data.mean()
+    """Bias-corrected and accelerated bootstrap interval of the mean (Efron 1987).
+
+    Resampling n values underestimates their variance by n / (n - 1); that is put right here.
+    """
+    deviations = (data - data.mean()) * sqrt(len(data) / (len(data) - 1))
     spread = float((deviations**2).sum())
     if spread == 0:
         return float(data.mean()), float(data.mean())
@@ -147,11 +151,29 @@ def _bca(data: Array, confidence: float, seed: int, resamples: int) -> tuple[flo
 
 
 def _resampled_sums(data: Array, seed: int, resamples: int) -> Iterator[Array]:
+    """Sums of as many draws from the data, with replacement, as there are data."""
+    n = len(data)
+    if n * resamples <= CELLS_AT_ONCE:
+        sums: Array = _draw_counts(n, seed, resamples) @ data.astype(np.float32)
+        yield sums.astype(np.float64)
+        return
     rng = np.random.default_rng(seed)
-    at_once = max(1, CELLS_AT_ONCE // len(data))
+    at_once = max(1, CELLS_AT_ONCE // n)
     for done in range(0, resamples, at_once):
         rows = min(at_once, resamples - done)
-        yield data[rng.integers(len(data), size=(rows, len(data)), dtype=np.int32)].sum(axis=1)
+        yield data[rng.integers(n, size=(rows, n), dtype=np.int32)].sum(axis=1)
+
+
+@lru_cache(maxsize=16)
+def _draw_counts(n: int, seed: int, resamples: int) -> NDArray[np.float32]:
+    """How often each of n values is drawn, shape [resamples, n].
+
+    A report resamples many lists of one length, and these counts serve all of them.
+    """
+    rng = np.random.default_rng(seed)
+    places = rng.integers(n, size=(resamples, n)) + np.arange(resamples)[:, None] * n
+    counts = np.bincount(places.ravel(), minlength=resamples * n)
+    return counts.reshape(resamples, n).astype(np.float32)
 
 
 def _mcnemar(difference: Array) -> float:
@@ -167,19 +189,36 @@ def _sign_flip(difference: Array, seed: int, resamples: int) -> float:
     if not len(moved):
         return 1.0
     observed = abs(float(difference.sum()))
-    observed -= 1e-9 * float(moved.sum())  # sums in another order differ by rounding
+    observed -= 1e-5 * float(moved.sum())  # sums in another order differ by rounding
     if 2 ** len(moved) <= resamples:
         bits = np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))
         sums = (1.0 - 2.0 * (bits & 1)) @ moved
         return float((np.abs(sums) >= observed).mean())
-    rng = np.random.default_rng(seed)
     reached = 0
-    at_once = max(1, CELLS_AT_ONCE // len(moved))
-    for done in range(0, resamples, at_once):
-        rows = min(at_once, resamples - done)
-        signs = rng.integers(2, size=(rows, len(moved)), dtype=np.int8)
-        reached += int((np.abs((1.0 - 2.0 * signs) @ moved) >= observed).sum())
+    for signs in _flips(len(difference), seed, resamples):
+        sums = np.abs(signs @ difference.astype(np.float32))
+        reached += int((sums >= observed).sum())
     return (reached + 1) / (resamples + 1)
+
+
+def _flips(n: int, seed: int, resamples: int) -> Iterator[NDArray[np.float32]]:
+    """Random signs, shape [part of the resamples, n]."""
+    if n * resamples <= CELLS_AT_ONCE:
+        yield _signs(n, seed, resamples)
+        return
+    rng = np.random.default_rng(seed)
+    at_once = max(1, CELLS_AT_ONCE // n)
+    for done in range(0, resamples, at_once):
+        yield _random_signs(rng, min(at_once, resamples - done), n)
+
+
+@lru_cache(maxsize=16)
+def _signs(n: int, seed: int, resamples: int) -> NDArray[np.float32]:
+    return _random_signs(np.random.default_rng(seed), resamples, n)
+
+
+def _random_signs(rng: np.random.Generator, rows: int, n: int) -> NDArray[np.float32]:
+    return (1 - 2 * rng.integers(2, size=(rows, n), dtype=np.int8)).astype(np.float32)
 
 
 def expected_order(scores: Array, subset: int, rank: int) -> Array:

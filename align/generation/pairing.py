@@ -38,7 +38,8 @@ def best_random(
     """The best against others drawn at random."""
 
     def candidates(ranked: list[Completion], rng: Random) -> Iterator[tuple[int, int]]:
-        return ((0, other) for other in rng.sample(range(1, len(ranked)), len(ranked) - 1))
+        others = range(1, len(ranked))
+        return ((0, other) for other in rng.sample(others, len(others)))
 
     return _pairs(groups, "best_random", candidates, seed, pairs_per_prompt, min_gap)
 

@@ -31,6 +31,9 @@ KEYS = ("loss", "accuracy", "score", "best_score", "pairs", "demonstrations", "p
 
 HEADS = ("stage", "score, T = 1", "score, greedy", "reward", "KL", "tokens", "time")
 
+WIDE = 88
+"""Columns from which the intervals of the final table have three digits."""
+
 Row = dict[str, Any]
 
 
@@ -140,27 +143,27 @@ def _note(kind: str, summary: Mapping[str, Any]) -> str:
     return ""
 
 
-def interval(found: Mapping[str, Any] | None) -> str:
+def interval(found: Mapping[str, Any] | None, digits: int = 3) -> str:
     """`0.612 [.592 .631]`, or nothing."""
     if found is None:
         return ""
-    low, high = (_bound(float(found[side])) for side in ("low", "high"))
+    low, high = (_bound(float(found[side]), digits) for side in ("low", "high"))
     return f"{float(found['mean']):.3f} [{low} {high}]"
 
 
-def _bound(value: float) -> str:
-    text = f"{value:.3f}"
+def _bound(value: float, digits: int) -> str:
+    text = f"{value:.{digits}f}"
     return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, digits: int = 3) -> list[str]:
     drawn, greedy = row.get("T=1") or {}, row.get("greedy") or {}
     reward = _mean(drawn.get("reward") or greedy.get("reward"))
     tokens, seconds, kl = row.get("tokens"), row.get("seconds"), row.get("kl")
     return [
         row["label"],
-        interval(drawn.get("score")) or row.get("note", ""),
-        interval(greedy.get("score")),
+        interval(drawn.get("score"), digits) or row.get("note", ""),
+        interval(greedy.get("score"), digits),
         "" if reward is None else f"{reward:.3g}",
         "" if kl is None else f"{kl:.3g}",
         "" if tokens is None else short(tokens),
@@ -174,13 +177,14 @@ def seconds_in_all(rows: Sequence[Row]) -> float:
 
 
 def final_table(rows: Sequence[Row]) -> Table:
-    """What came out, for a terminal of 80 to 100 columns."""
-    table = Table(box=box.SIMPLE, pad_edge=False)
+    """What came out, for a terminal of 80 columns or more."""
+    digits = 3 if console(results=True).width >= WIDE else 2
+    table = Table(box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
     for head in HEADS:
         left = head == HEADS[0] or head.startswith("score")
         table.add_column(head, justify="left" if left else "right")
     for row in rows:
-        table.add_row(*(Text(sanitise(cell)) for cell in _cells(row)))
+        table.add_row(*(Text(sanitise(cell)) for cell in _cells(row, digits)))
     return table
 
 
@@ -222,6 +226,6 @@ def write_table(plan: Plan) -> Path:
 def show_table(plan: Plan) -> None:
     """Print the final table (an answer: to stdout)."""
     rows = table_rows(plan)
-    console(results=True).print(final_table(rows))
+    console(results=True).print(final_table(rows), "")
     for line in _explained(plan, rows):
         say(line, results=True)

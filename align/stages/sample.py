@@ -15,6 +15,7 @@ from align.config.sections import (
     StageConfig,
 )
 from align.errors import fail
+from align.registry import resolve
 from align.runs import RunFolder
 
 
@@ -79,7 +80,6 @@ def run(config: SampleConfig, folder: RunFolder) -> None:
     from align.generation.samples import PartFiles, write_lines
     from align.generation.yields import say_report, yield_report
     from align.models.tokenizer import load_tokenizer
-    from align.registry import resolve
 
     check_scorer(config.scorer)
     rule = resolve("pair rule", config.pairs.pair_rule)
@@ -114,7 +114,7 @@ def run(config: SampleConfig, folder: RunFolder) -> None:
 
 
 def check_scorer(scorer: ScorerSection) -> None:
-    """Refuse a recipe that does not name exactly one scorer."""
+    """Refuse a recipe that does not name exactly one scorer, or a judge that nobody registered."""
     if (scorer.reward_model is None) == (scorer.judge is None):
         given = "neither is" if scorer.judge is None else "both are"
         fail(
@@ -122,3 +122,5 @@ def check_scorer(scorer: ScorerSection) -> None:
             where="scorer",
             hint="give scorer.reward_model a folder, or scorer.judge the name of a judge",
         )
+    if scorer.judge is not None:
+        resolve("judge", scorer.judge)

@@ -307,7 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of `python -m align.tiny.pretrain`."""
     parser = argparse.ArgumentParser(prog="python -m align.tiny.pretrain", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=4400)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="autocast; faster on some processors")

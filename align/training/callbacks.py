@@ -258,7 +258,7 @@ class MeterCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.meter is not None:
+        if self.meter is not None and not control.should_log:  # else the log brings the figures
             self.meter.update(state.global_step)
 
     def on_log(

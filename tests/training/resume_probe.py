@@ -253,8 +253,23 @@ def scenario(name: str, root: Path) -> dict[str, object]:
     return {"files": found, "end": names(root)}
 
 
+def rank_main(root: Path, order: str) -> None:
+    """As one of several ranks: train, with `signal <n>` sent to the last rank alone."""
+    kind, _, rest = order.partition(" ")
+    last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+    disturb = send(int(rest), 3) if kind == "signal" and last else lambda trainer: None
+    try:
+        print(json.dumps({"rank": os.environ["RANK"], "hash": train(root, disturb)}), flush=True)
+    except AlignError as error:
+        print(json.dumps({"rank": os.environ["RANK"], "error": str(error)}), flush=True)
+        os._exit(error.exit_code)
+
+
 if __name__ == "__main__":
     work = Path(sys.argv[1])
+    if "RANK" in os.environ:
+        rank_main(work, sys.argv[2])
+        sys.exit()
     for number, wanted in enumerate(sys.argv[2:]):
         place = work / str(number)
         place.mkdir(parents=True)

@@ -1,0 +1,518 @@
+"""The commands. Light: whatever needs torch is imported by the stage that runs, not here.
+
+A stage's flags are made from its config's fields when its own command is called, so that
+`align --help` does not even import pydantic.
+"""
+
+import inspect
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from align.errors import AlignError, fail
+from align.stages import STAGES
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Recipe = Annotated[str, typer.Argument(help="A file, or a shipped recipe (`tiny/pipeline`).")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set any key; repeat for more."),
+]
+With = Annotated[
+    list[str] | None,
+    typer.Option("--with", metavar="STAGE", help="Run this optional stage too; repeat for more."),
+]
+Stage = Annotated[str | None, typer.Option("--stage", help="Stage of a pipeline.")]
+
+SUMMARIES = {
+    "sft": "Supervised fine-tuning on demonstrations.",
+    "reward": "Train a reward model on preference pairs.",
+    "sample": "Rejection sampling: draw, score, keep the best, pair best and worst.",
+    "dpo": "Direct preference optimization on pairs.",
+    "eval": "Answer held-out prompts and score the answers, with intervals.",
+}
+
+QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Defaults of the libraries' environment: no telemetry, no bars and notes between our own lines."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command line and exit: 0 done, 2 a mistake to mend, 1 an unexpected error."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    words = [_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = _optional_pattern(words)
+    try:
+        build(words)(args=words, prog_name="align", obj=words)
+    except AlignError as error:
+        sys.exit(answer(error, as_json="--json" in words))
+    except Exception as error:
+        if os.environ.get("ALIGN_DEBUG") == "1":
+            raise
+        sys.exit(crash(error))
+
+
+def _hyphens(word: str) -> str:
+    """`--learning_rate=1` as `--learning-rate=1`: both spellings of a flag work."""
+    name, equals, value = word.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if re.match(r"--\w", name) else word
+
+
+def _optional_pattern(words: Sequence[str]) -> list[str]:
+    """`--options` without a pattern lists everything."""
+    found = []
+    for place, word in enumerate(words):
+        last = place + 1 == len(words)
+        bare = word == "--options" and (last or words[place + 1].startswith("-"))
+        found.append("--options=" if bare else word)
+    return found
+
+
+def answer(error: AlignError, *, as_json: bool = False) -> int:
+    """Show an error on one screen, with `as_json` as JSON on stdout too; returns the exit code."""
+    from align.views import print_json, print_problems, problems_json
+
+    if as_json:
+        print_json(problems_json(error.problems))
+    print_problems(error)
+    return error.exit_code
+
+
+def crash(error: Exception) -> int:
+    """Say that something unexpected happened, and where the traceback is; returns the exit code."""
+    from align.environment import scrub
+    from align.report.terminal import say
+
+    notes = getattr(error, "__notes__", [])
+    if not notes:
+        text = scrub("".join(traceback.format_exception(error)))
+        name = f"align-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+        log = Path(tempfile.gettempdir()) / name
+        log.write_text(text, encoding="utf-8")
+        notes = [f"The traceback is in {log}; ALIGN_DEBUG=1 prints it."]
+    first = str(error).strip().partition("\n")[0]
+    rank = os.environ.get("RANK")
+    place = f" in process {rank}" if rank else ""
+    say(f"unexpected error{place}: {type(error).__name__}: {scrub(first)[:300]}", style="red")
+    for note in notes:
+        say(f"    {note}")
+    return 1
+
+
+def build(words: Sequence[str]) -> typer.Typer:
+    """The app; only stages that are named in the command line get their flags."""
+    settings = {"help_option_names": ["-h", "--help"]}
+    app = typer.Typer(
+        help="Post-training for Llama 3 and friends: SFT, reward model, rejection sampling, DPO.",
+        no_args_is_help=True,
+        add_completion=True,
+        pretty_exceptions_enable=False,
+        context_settings=settings,
+        rich_markup_mode="rich",
+    )
+    app.callback()(_top)
+    for kind, summary in SUMMARIES.items():
+        command = stage_command(kind) if kind in words else _unused
+        app.command(kind, help=summary, rich_help_panel="Stages")(command)
+    app.command("run", rich_help_panel="Pipeline")(run)
+    app.command("status", rich_help_panel="Pipeline")(status)
+    app.command("show", rich_help_panel="Recipes")(show)
+    app.command("validate", rich_help_panel="Recipes")(validate)
+    app.command("inspect", rich_help_panel="Recipes")(inspect_rows)
+    app.command("schema", rich_help_panel="Recipes")(schema)
+    app.add_typer(_recipes(settings), name="recipes", rich_help_panel="Recipes")
+    return app
+
+
+def _recipes(settings: dict[str, Any]) -> typer.Typer:
+    recipes = typer.Typer(
+        help="List, print and copy the recipes that ship with align.",
+        no_args_is_help=True,
+        context_settings=settings,
+        rich_markup_mode="rich",
+    )
+    recipes.command("list")(list_recipes)
+    recipes.command("show")(print_recipe)
+    recipes.command("copy")(copy_recipe)
+    return recipes
+
+
+def _show_version(on: bool) -> None:
+    if on:
+        print(_version())
+        raise typer.Exit
+
+
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Named by `align --version` and `align --help`; the commands do the work."""
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    if project.is_file():
+        found = re.search(r'^version = "(.+)"', project.read_text(encoding="utf-8"), re.M)
+        return found.group(1) if found else "unknown"
+    return metadata.version("align")
+
+
+# --- stages ---------------------------------------------------------------------------------
+
+
+def _unused() -> None:
+    """Stands for a stage that this command line does not name."""
+
+
+def stage_command(kind: str) -> Callable[..., None]:
+    """The command of a stage: its own signature, made from the fields behind its flags."""
+    from align.options import everyday
+
+    leaves = {leaf.leaf: leaf for leaf in everyday(kind)}
+
+    def command(**values: Any) -> None:
+        given = {name: values[name] for name in leaves if values[name] is not None}
+        _run_stage_command(
+            kind,
+            values["ctx"].obj,
+            values["recipe"],
+            values["sets"] or [],
+            {_flag(name): (leaves[name].name, value) for name, value in given.items()},
+            options=values["options"],
+            dry_run=values["dry_run"],
+            as_json=values.get("as_json", False),
+        )
+
+    parameters = list(_stage_parameters(kind))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {item.name: item.annotation for item in parameters}
+    return command
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _stage_parameters(kind: str) -> Iterable[inspect.Parameter]:
+    """Recipe, `--set` and the like, then one option per everyday key."""
+    from align.options import PANELS, brief, everyday, metavar
+
+    recipe = typer.Option("--recipe", "-r", metavar="RECIPE", help="File or shipped recipe.")
+    options = typer.Option(
+        "--options", metavar="[PATTERN]", help="List all keys, or those with PATTERN."
+    )
+    dry_run = typer.Option("--dry-run", help="Print the resolved recipe and stop.")
+    yield _parameter("ctx", typer.Context, inspect.Parameter.empty)
+    yield _parameter("recipe", Annotated[str | None, recipe])
+    yield _parameter("sets", Sets)
+    yield _parameter("options", Annotated[str | None, options])
+    yield _parameter("dry_run", Annotated[bool, dry_run], False)
+    if kind == "eval":
+        yield _parameter("as_json", Json, False)
+    for leaf in everyday(kind):
+        panel, words = PANELS[leaf.section], brief(leaf)
+        switch = leaf.annotation is bool
+        names = f"{_flag(leaf.leaf)}/--no-{_flag(leaf.leaf)[2:]}" if switch else _flag(leaf.leaf)
+        shown = None if switch else metavar(leaf)
+        option = typer.Option(names, metavar=shown, help=words, rich_help_panel=panel)
+        yield _parameter(leaf.leaf, Annotated[(bool if switch else str) | None, option])
+
+
+def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+
+def _run_stage_command(
+    kind: str,
+    words: Sequence[str],
+    recipe: str | None,
+    sets: Sequence[str],
+    flags: dict[str, tuple[str, Any]],
+    *,
+    options: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    from align.config.load import load_stage
+    from align.launch import needs_launch, relaunch
+    from align.options import ordered
+    from align.runs import recipe_text, run_stage
+    from align.views import print_json, print_options
+
+    if options is not None:
+        if not print_options(kind, options):
+            fail(f"no key of `{kind}` has `{options}`", hint=f"`align {kind} --options` lists all")
+        return
+    if recipe is None and not sets and not flags:
+        fail(
+            "nothing to run",
+            where=f"align {kind}",
+            hint=f"give --recipe RECIPE (`align recipes list`), or flags (`align {kind} --help`)",
+        )
+    loaded = load_stage(recipe, ordered(words, sets, flags), stage=kind, ready=not dry_run)
+    if dry_run:
+        print(recipe_text(loaded.config), end="")
+        return
+    if needs_launch(loaded.config.launch):
+        raise typer.Exit(relaunch(words, loaded.config.launch))
+    folder = run_stage(loaded.config, quiet=as_json)
+    if as_json:
+        results = folder / "artifact" / "results.json"
+        print_json(json.loads(results.read_text(encoding="utf-8")))
+
+
+# --- pipelines ------------------------------------------------------------------------------
+
+
+def run(
+    pipeline: Recipe,
+    sets: Sets = None,
+    with_stages: With = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after it.")] = None,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STAGE", help="Run it again though nothing changed."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all, say what would run.")
+    ] = False,
+) -> None:
+    """Run a pipeline: only what is not there already; the same command goes on after a stop."""
+    from align.config.load import load_pipeline
+    from align.pipeline import run_pipeline
+
+    loaded = load_pipeline(pipeline, sets or [], with_stages=with_stages or [])
+    if dry_run:
+        _show_states(loaded)
+        return
+    run_pipeline(loaded, until=until, force=force or [])
+
+
+def _show_states(loaded: Any) -> None:
+    from align.report.tables import show_status
+    from align.status import Plan, survey
+
+    show_status(survey(Plan.of(loaded)))
+
+
+def status(
+    place: Annotated[
+        str | None,
+        typer.Argument(help="Pipeline, its folder, or a run folder; all below runs/ when unset."),
+    ] = None,
+    sets: Sets = None,
+    with_stages: With = None,
+    as_json: Json = False,
+) -> None:
+    """Show how the stages of a pipeline stand: states, sizes, key metrics."""
+    from align.report.tables import show_status
+    from align.report.terminal import say
+    from align.views import print_json
+
+    found = {place: _states(place, sets or [], with_stages or []) for place in _places(place)}
+    if as_json:
+        stages = [stage.as_json() for group in found.values() for stage in group]
+        print_json({"stages": stages})
+        return
+    for name, group in found.items():
+        if len(found) > 1:
+            say(name, style="bold", results=True)
+        show_status(group)
+
+
+def _places(place: str | None) -> list[str]:
+    if place is not None:
+        return [place]
+    found = sorted(Path("runs").glob("*/pipeline.json"))
+    if not found:
+        fail("no pipeline has run below runs/", hint="name a pipeline, its folder or a run folder")
+    return [str(file.parent) for file in found]
+
+
+def _states(place: str, sets: Sequence[str], with_stages: Sequence[str]) -> Sequence[Any]:
+    from align.config.load import is_pipeline, load_pipeline, load_stage, read_recipe
+    from align.status import PIPELINE_FILE, Plan, run_status, survey
+
+    folder = Path(place)
+    if folder.is_dir() or folder.with_name(f"{folder.name}.partial").is_dir():
+        if (folder / PIPELINE_FILE).is_file():
+            return survey(Plan.read(folder))
+        return [run_status(folder)]
+    if is_pipeline(read_recipe(place)[0]):
+        loaded = load_pipeline(place, sets, with_stages=with_stages, ready=False)
+        return survey(Plan.of(loaded))
+    return [run_status(Path(load_stage(place, sets, ready=False).config.output_dir))]
+
+
+# --- recipes --------------------------------------------------------------------------------
+
+
+def show(
+    recipe: Annotated[str | None, typer.Argument(help="A file, or a shipped recipe.")] = None,
+    sets: Sets = None,
+    with_stages: With = None,
+    stage: Stage = None,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Leave out what has its default.")
+    ] = False,
+    judges: Annotated[
+        bool, typer.Option("--judges", help="List registered judges and pair rules.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Print every value of a recipe and where it comes from."""
+    from align.views import print_json, print_names, print_values, value_rows
+
+    if judges:
+        print_names()
+        return
+    if recipe is None:
+        fail("no recipe is named", hint="as in `align show tiny/pipeline`")
+    rows: list[tuple[str, Any, str]] = []
+    for prefix, loaded in _loaded(recipe, sets, with_stages, stage):
+        rows += value_rows(loaded.config, loaded.origins, prefix)
+    rows = [row for row in rows if not changed or row[2] != "default"]
+    if as_json:
+        print_json({key: {"value": value, "origin": origin} for key, value, origin in rows})
+    else:
+        print_values(rows)
+
+
+def _loaded(
+    recipe: str,
+    sets: Sequence[str] | None,
+    with_stages: Sequence[str] | None,
+    stage: str | None,
+) -> list[tuple[str, Any]]:
+    """Prefix and loaded stage: one for a stage's recipe, all (or `stage`) for a pipeline."""
+    from align.config.load import is_pipeline, load_pipeline, load_stage, read_recipe
+    from align.config.suggest import nearest
+
+    if not is_pipeline(read_recipe(recipe)[0]):
+        return [("", load_stage(recipe, sets or [], ready=False))]
+    stages = load_pipeline(recipe, sets or [], with_stages=with_stages or [], ready=False).stages
+    if stage is None:
+        return [(f"{name}.", loaded) for name, loaded in stages.items()]
+    if stage not in stages:
+        close = nearest(stage, stages)
+        hint = f"did you mean `{close}`?" if close else f"stages: {', '.join(stages)}"
+        fail(f"no stage is called `{stage}`", where=recipe, hint=hint)
+    return [(f"{stage}.", stages[stage])]
+
+
+def validate(
+    recipe: Recipe, sets: Sets = None, with_stages: With = None, as_json: Json = False
+) -> None:
+    """Check a recipe: every problem at once, with line and way out. Needs no GPU."""
+    from align.config.load import is_pipeline, load_pipeline, load_stage, read_recipe
+    from align.report.terminal import say
+    from align.views import print_json
+
+    loaded: Any
+    if is_pipeline(read_recipe(recipe)[0]):
+        loaded = load_pipeline(recipe, sets or [], with_stages=with_stages or [], ready=False)
+        kind = "pipeline"
+    else:
+        loaded = load_stage(recipe, sets or [], ready=False)
+        kind = loaded.kind
+    if as_json:
+        print_json({"ok": True, "kind": kind, "problems": [], "pending": loaded.pending})
+        return
+    say(f"{recipe}: a valid {kind} recipe" if kind in STAGES else f"{recipe}: a valid pipeline")
+    for note in loaded.pending:
+        say(f"    {note}")
+
+
+def inspect_rows(
+    recipe: Recipe,
+    stage: Stage = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
+    sets: Sets = None,
+    with_stages: With = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a stage really trains on: every token, and whether it is in the loss."""
+    from align.config.references import substitute
+
+    found = _loaded(recipe, sets, with_stages, stage)
+    if len(found) > 1:
+        names = ", ".join(prefix.rstrip(".") for prefix, _ in found)
+        fail(
+            "is a pipeline: say which stage", where=recipe, hint=f"add --stage with one of {names}"
+        )
+    config = found[0][1].config
+    # Every stage of a pipeline writes beside the others.
+    folder = Path(config.output_dir).parent
+    names = _loaded(recipe, sets, with_stages, None)
+    artifacts = {
+        prefix.rstrip("."): folder / prefix.rstrip(".") / "artifact" for prefix, _ in names
+    }
+    from align.data.inspection import inspect_stage
+
+    inspect_stage(substitute(config, artifacts), rows=rows, as_json=as_json)
+
+
+def schema(
+    kind: Annotated[str, typer.Argument(help="A stage, or `pipeline`.")] = "pipeline",
+) -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from align.config.schema import KINDS, schema_of
+    from align.config.suggest import nearest
+    from align.views import print_json
+
+    if kind not in KINDS:
+        close = nearest(kind, KINDS)
+        hint = f"did you mean `{close}`?" if close else f"one of {', '.join(KINDS)}"
+        fail(f"there is no schema of `{kind}`", hint=hint)
+    print_json(schema_of(kind))
+
+
+def list_recipes() -> None:
+    """List the shipped recipes: name, stage, what it is."""
+    from align.views import print_recipes
+
+    print_recipes()
+
+
+def print_recipe(name: Recipe) -> None:
+    """Print a recipe."""
+    from align.report.terminal import sanitise
+    from align.resources import find_recipe
+
+    print(sanitise(find_recipe(name).read_text(encoding="utf-8", errors="replace")), end="")
+
+
+def copy_recipe(
+    name: Recipe,
+    destination: Annotated[
+        Path | None, typer.Argument(help="Folder or file; the current folder when unset.")
+    ] = None,
+) -> None:
+    """Copy a recipe, and what a pipeline builds on, to change it. Never overwrites."""
+    from align.report.terminal import say
+    from align.resources import copy_recipe, display
+
+    for copy in copy_recipe(name, destination):
+        say(display(copy.absolute()), results=True)

@@ -1,0 +1,123 @@
+"""A stage's everyday flags and the list of all its keys, both read from the config fields."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from align.config.draft import Override
+from align.config.fields import LeafField, config_class, leaf_fields, mentioned, short_type
+
+MODEL = ("model.model_name_or_path", "model.adapter_name_or_path")
+TRAINING = (
+    "trainer.learning_rate",
+    "trainer.num_train_epochs",
+    "trainer.max_steps",
+    "trainer.per_device_train_batch_size",
+    "trainer.gradient_accumulation_steps",
+    "trainer.seed",
+)
+LAUNCH = ("launch.num_processes", "launch.accelerate")
+DATA = ("data.dataset_name", "data.max_length")
+
+EVERYDAY: Mapping[str, tuple[str, ...]] = {
+    "sft": ("output_dir", *MODEL, "lora.lora_r", *DATA, "data.packing", *TRAINING, *LAUNCH),
+    "reward": ("output_dir", *MODEL, "lora.lora_r", *DATA, *TRAINING, *LAUNCH),
+    "dpo": (
+        *("output_dir", *MODEL, "lora.lora_r", *DATA),
+        *(*TRAINING, "beta", "loss_type", *LAUNCH),
+    ),
+    "sample": (
+        *("output_dir", *MODEL, "data.dataset_name", "data.dataset_train_split"),
+        *("data.max_samples", "generation.num_generations", "generation.temperature"),
+        *("generation.max_new_tokens", "generation.generation_batch_size"),
+        *("scorer.reward_model", "scorer.judge", "pairs.pair_rule", "seed", *LAUNCH),
+    ),
+    "eval": (
+        *("output_dir", "data.dataset_name", "data.dataset_train_split", "data.max_samples"),
+        *("generation.max_new_tokens", "generation.generation_batch_size"),
+        *("judge", "reward_model", "reference", "baseline", "seed", *LAUNCH),
+    ),
+}
+"""Keys of each stage that are flags of their own; every other key goes through `--set`."""
+
+PANELS = {
+    "": "Stage",
+    "model": "Model",
+    "lora": "Model",
+    "data": "Data",
+    "trainer": "Training",
+    "generation": "Generation",
+    "scorer": "Scoring",
+    "pairs": "Scoring",
+    "launch": "Launch",
+}
+"""Section -> heading of its flags in the help."""
+
+
+METAVARS = ((str, "TEXT"), (float, "FLOAT"), (int, "INT"))
+
+
+def everyday(kind: str) -> list[LeafField]:
+    """The fields behind a stage's flags, in the order of the help."""
+    leaves = {leaf.name: leaf for leaf in leaf_fields(config_class(kind))}
+    return [leaves[name] for name in EVERYDAY[kind]]
+
+
+def flag(leaf: LeafField) -> str:
+    """`trainer.learning_rate` is `--learning-rate` on the command line."""
+    return f"--{leaf.leaf.replace('_', '-')}"
+
+
+def brief(leaf: LeafField) -> str:
+    """A field's sentence up to its first pause, and its default."""
+    words = leaf.doc
+    for pause in (" (", "; ", ": ", ", and"):
+        words = words.partition(pause)[0]
+    words = words.rstrip(".")
+    return words if leaf.default is None else f"{words} (default {as_text(leaf.default)})"
+
+
+def metavar(leaf: LeafField) -> str:
+    """What the help shows for a flag's value: TEXT, INT, FLOAT."""
+    kinds = mentioned(leaf.annotation)
+    return next((name for kind, name in METAVARS if kind in kinds), "VALUE")
+
+
+def as_text(value: Any) -> str:
+    """A value as the command line and the tables show it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def ordered(
+    argv: Sequence[str], sets: Sequence[str], given: Mapping[str, tuple[str, Any]]
+) -> list[str | Override]:
+    """`--set` and flags as overrides in the order in which they were typed; the last one wins.
+
+    Args:
+        argv: the command line, with hyphens for underscores in the names of flags.
+        sets: the values of `--set`, in order.
+        given: flag -> (dotted key, value) for the flags that were given.
+    """
+    found: list[str | Override] = []
+    rest = iter(sets)
+    names = {name: Override(key, value, name) for name, (key, value) in given.items()}
+    for word in argv:
+        name = word.partition("=")[0]
+        name = f"--{name[5:]}" if name.startswith("--no-") and name not in names else name
+        if name == "--set":
+            found += [text for text in [next(rest, None)] if text is not None]
+        elif name in names:
+            found.append(names[name])
+    return found
+
+
+def listing(kind: str, pattern: str) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    """Section by section: the (key, type and default, sentence) of every key that has `pattern`."""
+    groups: dict[str, list[tuple[str, str, str]]] = {}
+    for leaf in leaf_fields(config_class(kind)):
+        searched = f"{leaf.name} {leaf.doc}".lower()
+        if pattern.lower() in searched:
+            default = "required" if leaf.required else f"= {as_text(leaf.default)}"
+            facts = f"{short_type(leaf.annotation)}, {default}"
+            groups.setdefault(leaf.section, []).append((leaf.name, facts, leaf.doc))
+    yield from groups.items()

@@ -1,0 +1,110 @@
+"""What the light commands print: problems, keys, resolved values, shipped recipes."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from align.errors import AlignError, Problem
+from align.report.terminal import say
+
+MOST_LINES = 44
+"""Lines of one error: it must fit on a screen."""
+
+
+def print_json(value: Any) -> None:
+    """A value as JSON on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def problems_json(problems: Iterable[Problem]) -> dict[str, Any]:
+    """What `--json` says of a refused command."""
+    from align.config.problems import as_json
+
+    return {"ok": False, "problems": [as_json(problem) for problem in problems]}
+
+
+def print_problems(error: AlignError) -> None:
+    """An error on one screen, on stderr; of several processes the first tells it in full."""
+    problems = list(error.problems)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        say(f"process {rank}: {problems[0] if problems else error}".splitlines()[0], style="red")
+        return
+    if len(problems) > 1:
+        say(f"{len(problems)} problems", style="bold red")
+    lines = 1
+    for number, problem in enumerate(problems):
+        where = f"{problem.where}: " if problem.where else ""
+        say(f"{'error: ' if len(problems) == 1 else ''}{where}{problem.message}", style="red")
+        if problem.hint:
+            say(f"    {problem.hint}")
+        lines += 2 if problem.hint else 1
+        left = len(problems) - number - 1
+        if lines >= MOST_LINES and left > 1:
+            say(f"... and {left} more")
+            break
+
+
+def print_options(kind: str, pattern: str) -> bool:
+    """The keys of a stage that have `pattern` in their name or sentence; False where none has."""
+    from align.options import listing
+
+    found = False
+    for section, keys in listing(kind, pattern):
+        say(section or kind, style="bold", results=True)
+        for name, facts, doc in keys:
+            say(f"  {name}: {facts}", style="cyan", results=True)
+            say(f"      {doc}", results=True)
+        found = True
+    return found
+
+
+def print_values(rows: Sequence[tuple[str, Any, str]]) -> None:
+    """Key, value and origin in columns; what nobody set is dim."""
+    from align.options import as_text
+
+    shown = [(key, as_text(value), origin) for key, value, origin in rows]
+    first = min(max((len(key) for key, _, _ in shown), default=0), 44)
+    second = min(max((len(value) for _, value, _ in shown), default=0), 40)
+    for key, value, origin in shown:
+        style = "dim" if origin == "default" else ""
+        say(f"{key:<{first}}  {value:<{second}}  {origin}".rstrip(), style=style, results=True)
+
+
+def value_rows(
+    config: Any, origins: Mapping[str, str], prefix: str = ""
+) -> list[tuple[str, Any, str]]:
+    """Every knob of a config with its value and where that comes from."""
+    from align.config.fields import leaf_fields
+    from align.config.sections import Section
+
+    values = config.model_dump(mode="json")
+    rows = []
+    kind: type[Section] = type(config)
+    for leaf in leaf_fields(kind):
+        section, _, name = leaf.name.rpartition(".")
+        value = (values[section] if section else values)[name]
+        rows.append((f"{prefix}{leaf.name}", value, origins[leaf.name]))
+    return rows
+
+
+def print_recipes() -> None:
+    """The shipped recipes: name, stage, first line of the header."""
+    from align.resources import shipped_recipes
+
+    recipes = shipped_recipes()
+    widest = max((len(recipe.name) for recipe in recipes), default=0)
+    for recipe in recipes:
+        line = f"{recipe.name:<{widest}}  {recipe.kind:<8}  {recipe.summary}"
+        say(line.rstrip(), results=True)
+
+
+def print_names() -> None:
+    """The registered judges and pair rules."""
+    from align.registry import JUDGES, PAIR_RULES
+
+    for title, names in (("judges", JUDGES), ("pair rules", PAIR_RULES)):
+        say(title, style="bold", results=True)
+        for name in sorted(names):
+            say(f"  {name}", results=True)
