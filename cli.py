@@ -1,4 +1,4 @@
-"""The checkout's door: `accelerate launch cli.py sft --recipe R`, `torchrun cli.py ...`."""
+"""The checkout's door: `accelerate launch cli.py sft --recipe R`, `torchrun cli.py sft ...`."""
 
 from align.cli import main
 

@@ -48,8 +48,11 @@ QUIET = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYDANTIC_DISABLE_PLUGINS": "__all__",
 }
-"""Defaults of the libraries' environment: no telemetry, no bars and notes between our own lines."""
+"""Defaults of the libraries' environment: no telemetry, no bars and notes between our own lines, no
+search through all installed packages for pydantic plugins."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,6 +69,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("ALIGN_DEBUG") == "1":
             raise
         sys.exit(crash(error))
+
+
+def _hush() -> None:
+    """What libraries tell developers (deprecations, missing kernels) is no news to a user."""
+    import logging
+    import warnings
+
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _hyphens(word: str) -> str:
@@ -155,7 +168,9 @@ def _recipes(settings: dict[str, Any]) -> typer.Typer:
 
 def _show_version(on: bool) -> None:
     if on:
-        print(_version())
+        from align import __version__
+
+        print(__version__)
         raise typer.Exit
 
 
@@ -166,16 +181,6 @@ def _top(
     ] = False,
 ) -> None:
     """Named by `align --version` and `align --help`; the commands do the work."""
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
-    if project.is_file():
-        found = re.search(r'^version = "(.+)"', project.read_text(encoding="utf-8"), re.M)
-        return found.group(1) if found else "unknown"
-    return metadata.version("align")
 
 
 # --- stages ---------------------------------------------------------------------------------
@@ -189,16 +194,16 @@ def stage_command(kind: str) -> Callable[..., None]:
     """The command of a stage: its own signature, made from the fields behind its flags."""
     from align.options import everyday
 
-    leaves = {leaf.leaf: leaf for leaf in everyday(kind)}
+    knobs = everyday(kind)
 
     def command(**values: Any) -> None:
-        given = {name: values[name] for name in leaves if values[name] is not None}
+        flags = {knob.name: values[knob.leaf] for knob in knobs}
         _run_stage_command(
             kind,
             values["ctx"].obj,
             values["recipe"],
             values["sets"] or [],
-            {_flag(name): (leaves[name].name, value) for name, value in given.items()},
+            {name: value for name, value in flags.items() if value is not None},
             options=values["options"],
             dry_run=values["dry_run"],
             as_json=values.get("as_json", False),
@@ -210,13 +215,9 @@ def stage_command(kind: str) -> Callable[..., None]:
     return command
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def _stage_parameters(kind: str) -> Iterable[inspect.Parameter]:
     """Recipe, `--set` and the like, then one option per everyday key."""
-    from align.options import PANELS, brief, everyday, metavar
+    from align.options import PANELS, brief, everyday, flag
 
     recipe = typer.Option("--recipe", "-r", metavar="RECIPE", help="File or shipped recipe.")
     options = typer.Option(
@@ -230,13 +231,15 @@ def _stage_parameters(kind: str) -> Iterable[inspect.Parameter]:
     yield _parameter("dry_run", Annotated[bool, dry_run], False)
     if kind == "eval":
         yield _parameter("as_json", Json, False)
-    for leaf in everyday(kind):
-        panel, words = PANELS[leaf.section], brief(leaf)
-        switch = leaf.annotation is bool
-        names = f"{_flag(leaf.leaf)}/--no-{_flag(leaf.leaf)[2:]}" if switch else _flag(leaf.leaf)
-        shown = None if switch else metavar(leaf)
-        option = typer.Option(names, metavar=shown, help=words, rich_help_panel=panel)
-        yield _parameter(leaf.leaf, Annotated[(bool if switch else str) | None, option])
+    for knob in everyday(kind):
+        switch, name = knob.value == "BOOL", flag(knob.name)
+        option = typer.Option(
+            f"{name}/--no-{name[2:]}" if switch else name,
+            metavar=None if switch else knob.value,
+            help=brief(knob),
+            rich_help_panel=PANELS[knob.section],
+        )
+        yield _parameter(knob.leaf, Annotated[(bool if switch else str) | None, option])
 
 
 def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
@@ -249,7 +252,7 @@ def _run_stage_command(
     words: Sequence[str],
     recipe: str | None,
     sets: Sequence[str],
-    flags: dict[str, tuple[str, Any]],
+    flags: dict[str, Any],
     *,
     options: str | None,
     dry_run: bool,
@@ -277,6 +280,7 @@ def _run_stage_command(
         return
     if needs_launch(loaded.config.launch):
         raise typer.Exit(relaunch(words, loaded.config.launch))
+    _hush()
     folder = run_stage(loaded.config, quiet=as_json)
     if as_json:
         results = folder / "artifact" / "results.json"
@@ -307,6 +311,7 @@ def run(
     if dry_run:
         _show_states(loaded)
         return
+    _hush()
     run_pipeline(loaded, until=until, force=force or [])
 
 
@@ -427,8 +432,7 @@ def validate(
 ) -> None:
     """Check a recipe: every problem at once, with line and way out. Needs no GPU."""
     from align.config.load import is_pipeline, load_pipeline, load_stage, read_recipe
-    from align.report.terminal import say
-    from align.views import print_json
+    from align.views import print_json, problems_json
 
     loaded: Any
     if is_pipeline(read_recipe(recipe)[0]):
@@ -438,11 +442,12 @@ def validate(
         loaded = load_stage(recipe, sets or [], ready=False)
         kind = loaded.kind
     if as_json:
-        print_json({"ok": True, "kind": kind, "problems": [], "pending": loaded.pending})
+        pending = problems_json(loaded.pending)["problems"]
+        print_json({"ok": True, "kind": kind, "problems": [], "pending": pending})
         return
-    say(f"{recipe}: a valid {kind} recipe" if kind in STAGES else f"{recipe}: a valid pipeline")
+    print(f"{recipe}: a valid {kind} recipe" if kind in STAGES else f"{recipe}: a valid pipeline")
     for note in loaded.pending:
-        say(f"    {note}")
+        print(f"    {note.where}: {note.message}")
 
 
 def inspect_rows(
@@ -455,6 +460,7 @@ def inspect_rows(
 ) -> None:
     """Show what a stage really trains on: every token, and whether it is in the loss."""
     from align.config.references import substitute
+    from align.runs import output_path
 
     found = _loaded(recipe, sets, with_stages, stage)
     if len(found) > 1:
@@ -462,16 +468,13 @@ def inspect_rows(
         fail(
             "is a pipeline: say which stage", where=recipe, hint=f"add --stage with one of {names}"
         )
-    config = found[0][1].config
-    # Every stage of a pipeline writes beside the others.
-    folder = Path(config.output_dir).parent
-    names = _loaded(recipe, sets, with_stages, None)
     artifacts = {
-        prefix.rstrip("."): folder / prefix.rstrip(".") / "artifact" for prefix, _ in names
+        prefix.rstrip("."): output_path(loaded.config) / "artifact"
+        for prefix, loaded in _loaded(recipe, sets, with_stages, None)
     }
     from align.data.inspection import inspect_stage
 
-    inspect_stage(substitute(config, artifacts), rows=rows, as_json=as_json)
+    inspect_stage(substitute(found[0][1].config, artifacts), rows=rows, as_json=as_json)
 
 
 def schema(

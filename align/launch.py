@@ -195,7 +195,7 @@ def main(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # the processes tell what is wrong themselves
     given = launch_command_parser().parse_args(list(arguments))
     config = read(Path(given.config_file), given.config_file).data
     gpus = torch.accelerator.device_count()

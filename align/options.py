@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from align.config.draft import Override
-from align.config.fields import LeafField, config_class, leaf_fields, mentioned, short_type
+from align.config.outline import Knob, outline
+
+if TYPE_CHECKING:
+    from align.config.draft import Override
 
 MODEL = ("model.model_name_or_path", "model.adapter_name_or_path")
 TRAINING = (
@@ -54,33 +56,24 @@ PANELS = {
 """Section -> heading of its flags in the help."""
 
 
-METAVARS = ((str, "TEXT"), (float, "FLOAT"), (int, "INT"))
-
-
-def everyday(kind: str) -> list[LeafField]:
+def everyday(kind: str) -> list[Knob]:
     """The fields behind a stage's flags, in the order of the help."""
-    leaves = {leaf.name: leaf for leaf in leaf_fields(config_class(kind))}
-    return [leaves[name] for name in EVERYDAY[kind]]
+    knobs = outline(kind)
+    return [knobs[name] for name in EVERYDAY[kind]]
 
 
-def flag(leaf: LeafField) -> str:
+def flag(name: str) -> str:
     """`trainer.learning_rate` is `--learning-rate` on the command line."""
-    return f"--{leaf.leaf.replace('_', '-')}"
+    return f"--{name.rpartition('.')[2].replace('_', '-')}"
 
 
-def brief(leaf: LeafField) -> str:
+def brief(knob: Knob) -> str:
     """A field's sentence up to its first pause, and its default."""
-    words = leaf.doc
+    words = knob.doc
     for pause in (" (", "; ", ": ", ", and"):
         words = words.partition(pause)[0]
     words = words.rstrip(".")
-    return words if leaf.default is None else f"{words} (default {as_text(leaf.default)})"
-
-
-def metavar(leaf: LeafField) -> str:
-    """What the help shows for a flag's value: TEXT, INT, FLOAT."""
-    kinds = mentioned(leaf.annotation)
-    return next((name for kind, name in METAVARS if kind in kinds), "VALUE")
+    return words if knob.default is None else f"{words} (default {as_text(knob.default)})"
 
 
 def as_text(value: Any) -> str:
@@ -89,18 +82,20 @@ def as_text(value: Any) -> str:
 
 
 def ordered(
-    argv: Sequence[str], sets: Sequence[str], given: Mapping[str, tuple[str, Any]]
-) -> list[str | Override]:
+    argv: Sequence[str], sets: Sequence[str], given: Mapping[str, Any]
+) -> "list[str | Override]":
     """`--set` and flags as overrides in the order in which they were typed; the last one wins.
 
     Args:
         argv: the command line, with hyphens for underscores in the names of flags.
         sets: the values of `--set`, in order.
-        given: flag -> (dotted key, value) for the flags that were given.
+        given: dotted key -> value for the flags that were given.
     """
+    from align.config.draft import Override
+
     found: list[str | Override] = []
     rest = iter(sets)
-    names = {name: Override(key, value, name) for name, (key, value) in given.items()}
+    names = {flag(key): Override(key, value, flag(key)) for key, value in given.items()}
     for word in argv:
         name = word.partition("=")[0]
         name = f"--{name[5:]}" if name.startswith("--no-") and name not in names else name
@@ -113,11 +108,13 @@ def ordered(
 
 def listing(kind: str, pattern: str) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
     """Section by section: the (key, type and default, sentence) of every key that has `pattern`."""
+    from align.config.fields import config_class, leaf_fields, short_type
+
     groups: dict[str, list[tuple[str, str, str]]] = {}
     for leaf in leaf_fields(config_class(kind)):
         searched = f"{leaf.name} {leaf.doc}".lower()
         if pattern.lower() in searched:
-            default = "required" if leaf.required else f"= {as_text(leaf.default)}"
-            facts = f"{short_type(leaf.annotation)}, {default}"
+            default = "required" if leaf.required else f"default {as_text(leaf.default)}"
+            facts = f"{short_type(leaf.annotation)} ({default})"
             groups.setdefault(leaf.section, []).append((leaf.name, facts, leaf.doc))
     yield from groups.items()

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from align.errors import AlignError, Problem
-from align.report.terminal import say
 
 MOST_LINES = 44
 """Lines of one error: it must fit on a screen."""
@@ -26,6 +25,8 @@ def problems_json(problems: Iterable[Problem]) -> dict[str, Any]:
 
 def print_problems(error: AlignError) -> None:
     """An error on one screen, on stderr; of several processes the first tells it in full."""
+    from align.report.terminal import say
+
     problems = list(error.problems)
     rank = os.environ.get("RANK", "0")
     if rank != "0":
@@ -49,6 +50,7 @@ def print_problems(error: AlignError) -> None:
 def print_options(kind: str, pattern: str) -> bool:
     """The keys of a stage that have `pattern` in their name or sentence; False where none has."""
     from align.options import listing
+    from align.report.terminal import say
 
     found = False
     for section, keys in listing(kind, pattern):
@@ -63,6 +65,7 @@ def print_options(kind: str, pattern: str) -> bool:
 def print_values(rows: Sequence[tuple[str, Any, str]]) -> None:
     """Key, value and origin in columns; what nobody set is dim."""
     from align.options import as_text
+    from align.report.terminal import say
 
     shown = [(key, as_text(value), origin) for key, value, origin in rows]
     first = min(max((len(key) for key, _, _ in shown), default=0), 44)
@@ -91,6 +94,7 @@ def value_rows(
 
 def print_recipes() -> None:
     """The shipped recipes: name, stage, first line of the header."""
+    from align.report.terminal import say
     from align.resources import shipped_recipes
 
     recipes = shipped_recipes()
@@ -103,6 +107,7 @@ def print_recipes() -> None:
 def print_names() -> None:
     """The registered judges and pair rules."""
     from align.registry import JUDGES, PAIR_RULES
+    from align.report.terminal import say
 
     for title, names in (("judges", JUDGES), ("pair rules", PAIR_RULES)):
         say(title, style="bold", results=True)

@@ -236,8 +236,10 @@ class Draft:
 
     # --- from what was given to a config ----------------------------------------------------
 
-    def complete(self, *, in_pipeline: bool = False) -> tuple[StageConfig | None, list[str]]:
-        """The typed config, and notes on inputs that are not there yet.
+    def complete(
+        self, *, in_pipeline: bool = False
+    ) -> tuple[StageConfig | None, list[RecipeProblem]]:
+        """The typed config, and the inputs that another run has to write first.
 
         What is wrong goes to `problems`. Values that are wrong are left out, so that one run of the
         checks finds the other mistakes too; the config is then good for further checks only, and
@@ -298,8 +300,10 @@ class Draft:
             if written and written[0] and isinstance(fault.value, int | float):
                 put(nested, fault.path, written[0])
 
-    def _find_paths(self, nested: dict[str, Any], bad: set[str], in_pipeline: bool) -> list[str]:
-        pending = []
+    def _find_paths(
+        self, nested: dict[str, Any], bad: set[str], in_pipeline: bool
+    ) -> list[RecipeProblem]:
+        pending: list[RecipeProblem] = []
         for pattern, path, text in list(path_values(nested)):
             name = self.leaf_of(path)
             if name in bad or (in_pipeline and is_reference(text)):
@@ -313,7 +317,9 @@ class Draft:
             if isinstance(found, str):
                 put(nested, path, found)
             elif found.pending:
-                pending.append(f"`{self.prefix}{dotted(path)}`: {text} {found.message}")
+                source, key = self.source_of(path), f"{self.prefix}{dotted(path)}"
+                message = f"{found.message}: {shown(text)}"
+                pending.append(RecipeProblem.at(source, key, message, found.hint, text))
             else:
                 bad.add(name)
                 self.tell(Fault(path, name, f"{found.message}: {shown(text)}", text, found.hint))

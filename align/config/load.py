@@ -2,9 +2,9 @@
 
 Precedence: defaults < recipe < `--set` and flags, in the order given. In a pipeline: the fields'
 own defaults < the pipeline's `defaults:` < a stage's `recipe:` < its inline keys < `--set`.
-Mappings of files are merged key by key, everything else is replaced. A relative path is looked for in
-the current folder, then beside the file that names it, then among what ships with align;
-`output_dir` is relative to the current folder.
+Mappings of files are merged key by key, everything else is replaced. A relative path is looked for
+in the current folder, then beside the file that names it, then among what ships with
+align; `output_dir` is relative to the current folder.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +37,7 @@ class Loaded:
     path: Path
     origins: Mapping[str, str]
     """Dotted key -> `default`, `recipe.yaml:12`, `--set` or a flag's name."""
-    pending: tuple[str, ...] = ()
+    pending: tuple[RecipeProblem, ...] = ()
     """Inputs that another run has to write first."""
 
 
@@ -52,7 +52,7 @@ class LoadedPipeline:
     chosen: tuple[str, ...]
     """Names of the stages that run, in order."""
     output_origin: str
-    pending: tuple[str, ...] = ()
+    pending: tuple[RecipeProblem, ...] = ()
 
     @property
     def origins(self) -> dict[str, str]:
@@ -82,12 +82,6 @@ def _overrides(texts: Iterable[str | Override], problems: list[Problem]) -> list
         except AlignError as error:
             problems += error.problems
     return found
-
-
-def _refuse_pending(pending: Iterable[str]) -> None:
-    problems = [Problem(text, hint="run the stage that writes it first") for text in pending]
-    if problems:
-        raise AlignError(*problems)
 
 
 def _kind(document: Document, stage: str | None) -> str:
@@ -147,8 +141,8 @@ def load_stage(
     problems += draft.problems
     if problems or config is None:
         raise AlignError(*in_order(problems))
-    if ready:
-        _refuse_pending(pending)
+    if ready and pending:
+        raise AlignError(*pending)
     return Loaded(config, kind, file, draft.origins(), tuple(pending))
 
 
@@ -217,7 +211,7 @@ def load_pipeline(
     chosen, wrong = _choose(optional, list(reader.mapping("stages")), with_stages)
     problems += wrong
     configs: dict[str, StageConfig] = {}
-    pending: list[str] = []
+    pending: list[RecipeProblem] = []
     for name, draft in drafts.items():
         draft.override(Override("output_dir", str(Path(output_dir) / name), output_origin))
         config, missing = draft.complete(in_pipeline=True)
@@ -232,8 +226,8 @@ def load_pipeline(
     if problems:
         # A mistake in the shared defaults is found in each stage that has the key, and told once.
         raise AlignError(*in_order(problems))
-    if ready:
-        _refuse_pending(pending)
+    if ready and pending:
+        raise AlignError(*pending)
     stages = {
         name: Loaded(config, drafts[name].kind, file, drafts[name].origins())
         for name, config in configs.items()

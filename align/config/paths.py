@@ -107,8 +107,9 @@ def locate(pattern: str, path: KeyPath, name: str, beside: Path) -> str | Troubl
     if _only_a_path(name, DATA_SUFFIXES if is_data else ()):
         if "artifact" in Path(name).parts:
             hint = "run the stage that writes it first"
-            return Trouble(path, "does not exist yet", hint, pending=True)
-        return Trouble(path, "names no file or folder", f"looked in {Path.cwd()} and {beside}")
+            return Trouble(path, "is not there yet", hint, pending=True)
+        places = " and ".join(dict.fromkeys(map(str, (Path.cwd(), beside))))
+        return Trouble(path, "names no file or folder", f"looked in {places}")
     if not HUB_ID.fullmatch(name):
         hint = "a Hub id has the form `org/name`"
         return Trouble(path, "is neither a file or folder here nor a Hub id", hint)

@@ -29,7 +29,7 @@ class RenderStats:
     escaped: int = 0
     """Rows in which control tokens written in a message were kept as text."""
     split: int = 0
-    """Rows in which a token that reached across the start of an answer was split there."""
+    """Rows that were cut at the start of an answer, where a token reached across."""
     ended: int = 0
     """Kept rows whose last token in the loss ends a turn or the text (both sides of a pair)."""
     tokens: int = 0
@@ -89,7 +89,7 @@ def sentences(stats: RenderStats, *, max_length: int | None, trains: bool) -> li
         (stats.idle, "left out: nothing to learn (an empty answer, or two equal sides)"),
         (stats.equal, "left out: both sides are the same after the cut"),
         (stats.escaped, "with control tokens in their text, which were kept as text"),
-        (stats.split, "where a token across the start of an answer was split there"),
+        (stats.split, "tokenized in two parts, as a token reached across the start of an answer"),
     )
     said += [
         f"{count:,} {'row' if count == 1 else 'rows'} {text}" for count, text in counted if count

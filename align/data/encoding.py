@@ -2,8 +2,8 @@
 
 A text is tokenized in one go, so its ids are those of `apply_chat_template`. Two kinds of rows go
 piece by piece instead: those with a control token written in a message, which has to stay text, and
-those where a token would reach across the start of an answer, while at generation time the prompt
-ends there.
+those where prompt and answer in one go would have other tokens than the prompt alone, which is all
+that a model sees at generation time.
 """
 
 from bisect import bisect_left
@@ -19,6 +19,10 @@ from align.errors import Problem
 from align.models.tokenizer import chat_facts
 
 
+LONGEST_HEADER = 40
+"""Characters of a text whose tokens are worth remembering."""
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """The tokens of a layout."""
@@ -27,7 +31,7 @@ class Encoded:
     spans: list[Span]
     """The layout's spans in tokens."""
     split: bool = False
-    """Whether a token that reached across the start of a span was split there."""
+    """Whether the text was cut at the start of a span, as its tokens in one go are others."""
 
 
 class Encoder:
@@ -40,6 +44,7 @@ class Encoder:
         self._swallow_after = {token.content for token in added if token.rstrip}
         self._swallow_before = {token.content for token in added if token.lstrip}
         self._control_ids = frozenset(self.facts.control.values())
+        self._headers: dict[tuple[str, bool], list[int]] = {}
         self._line_feed = self._ids("\n")
         # SentencePiece vocabularies put a space in front of a text, which pieces must not get.
         self._leads = self._ids("\na") != [*self._line_feed, *self._ids("a")]
@@ -67,23 +72,44 @@ class Encoder:
         )
         rows = zip(layouts, batch["input_ids"], batch["offset_mapping"], strict=True)
         for layout, ids, offsets in rows:
-            spans = []
-            for start, end in layout.spans:
-                low = bisect_left(offsets, start, key=itemgetter(0))
-                if low and offsets[low - 1][1] > start:
-                    yield self.in_pieces(layout)
-                    break
-                spans.append((low, bisect_left(offsets, end, low, key=itemgetter(0))))
+            starts = [bisect_left(offsets, cut, key=itemgetter(0)) for cut in layout.cuts]
+            places = zip(layout.cuts, starts, strict=True)
+            if all(self._prompt_ends_here(layout.text, ids, offsets, *pair) for pair in places):
+                yield Encoded(ids, [_tokens(offsets, span) for span in layout.spans])
             else:
-                yield Encoded(ids, spans)
+                yield self.in_pieces(layout)
+
+    def _prompt_ends_here(
+        self, text: str, ids: Sequence[int], offsets: Sequence[Span], start: int, low: int
+    ) -> bool:
+        """Whether the text in front of an answer has the same tokens when nothing follows it.
+
+        A token may reach across the start, and in some vocabularies the last white space is
+        tokenized by what follows. Only the text behind the last control token can differ.
+        """
+        behind = low
+        while behind and ids[behind - 1] not in self._control_ids:
+            behind -= 1
+        position = offsets[behind - 1][1] if behind else 0
+        return list(ids[behind:low]) == self._alone(text[position:start], not behind)
+
+    def _alone(self, text: str, first: bool) -> list[int]:
+        """Ids of a text between control tokens; short ones, a header's, come again and again."""
+        key = (text, first)
+        if key in self._headers:
+            return self._headers[key]
+        ids = self._ids(text, first) if text else []
+        if len(text) <= LONGEST_HEADER:
+            self._headers[key] = ids
+        return ids
 
     def in_pieces(self, layout: Layout) -> Encoded:
-        """Encode with a cut at both ends of every span and around every control token."""
+        """Encode with cuts where answers begin and end, and around every control token."""
         starts = {start: number for number, (start, _) in enumerate(layout.spans)}
         ends = {end: number for number, (_, end) in enumerate(layout.spans)}
         ids: list[int] = []
         places = [[0, 0] for _ in layout.spans]
-        for start, end, piece in self._pieces(layout, sorted({*starts, *ends})):
+        for start, end, piece in self._pieces(layout, sorted({*layout.cuts, *starts, *ends})):
             if start in starts:
                 places[starts[start]][0] = len(ids)
             ids += piece
@@ -142,6 +168,12 @@ class Encoder:
         if behind_line_feed[:size] == self._line_feed:
             return behind_line_feed[size:]
         return encode(text)
+
+
+def _tokens(offsets: Sequence[Span], span: Span) -> Span:
+    """The tokens that hold the characters of a span."""
+    low = bisect_left(offsets, span[0], key=itemgetter(0))
+    return low, bisect_left(offsets, span[1], low, key=itemgetter(0))
 
 
 def _stray(layout: Layout) -> Problem:

@@ -46,7 +46,9 @@ class Layout:
     control: tuple[int, ...]
     """The control tokens that have to come out, in their order."""
     spans: list[Span] = field(default_factory=list)
-    """Characters that the model writes itself."""
+    """Characters that the model writes itself and learns."""
+    cuts: list[int] = field(default_factory=list)
+    """Where the model's turns begin, learned or not: a prompt ended there once."""
     protected: Protected = Protected()
     follows: bool = True
     """Whether every span begins exactly where a generation prompt ends."""
@@ -91,18 +93,11 @@ class Typesetter:
         if not tail:
             return Layout(begin + head, control, protected=protected)
         start, whole = len(begin + head), begin + head + tail[0] + end
-        return Layout(whole, control, [(start, len(whole))], protected)
+        return Layout(whole, control, [(start, len(whole))], [start], protected)
 
     def prompts(self, chats: Sequence[Turns]) -> list[Layout | Problem]:
         """Chats up to where the answer begins."""
-        protected = [self._protect(chat) for chat in chats]
-        rendered = self._render([chat for chat, _ in protected], opened=True)
-        return [
-            result
-            if isinstance(result, Problem)
-            else Layout(result[0], self._skeleton(chat, opened=True), protected=kept)
-            for (chat, kept), result in zip(protected, rendered, strict=True)
-        ]
+        return self._lay_out(chats, [len(chat) for chat in chats], opened=True)
 
     def chats(
         self, chats: Sequence[Turns], first: Sequence[int] | None = None
@@ -112,23 +107,26 @@ class Typesetter:
         A turn begins where the chat before it, rendered with the generation prompt, ends; it ends
         behind the token that ends it.
         """
-        first = first or [0] * len(chats)
+        return self._lay_out(chats, first or [0] * len(chats))
+
+    def _lay_out(
+        self, chats: Sequence[Turns], first: Sequence[int], *, opened: bool = False
+    ) -> list[Layout | Problem]:
         protected = [self._protect(chat) for chat in chats]
         turns = [chat for chat, _ in protected]
-        rendered = self._render(turns, markers=self.facts.has_markers)
-        prefixes = self._prefixes(turns, first)
+        markers = self.facts.has_markers and not opened
+        rendered = self._render(turns, markers=markers, opened=opened)
+        prefixes = self._prefixes(turns)
         layouts: list[Layout | Problem] = []
-        for chat, start, result, (_, kept), before in zip(
-            turns, first, rendered, protected, prefixes, strict=True
-        ):
+        for place, result in enumerate(rendered):
             if isinstance(result, Problem):
                 layouts.append(result)
                 continue
-            text, marked = result
-            layout = Layout(text, self._skeleton(chat), protected=kept)
-            problem = self._find_turns(layout, chat, before)
-            if problem is None and self.facts.has_markers and start == 0:
-                problem = self._compare(layout, marked)
+            chat = turns[place]
+            layout = Layout(result[0], self._skeleton(chat, opened), protected=protected[place][1])
+            problem = self._find_turns(layout, chat, first[place], prefixes[place])
+            if problem is None and markers and first[place] == 0:
+                problem = self._compare(layout, result[1])
             layouts.append(problem or layout)
         return layouts
 
@@ -137,13 +135,11 @@ class Typesetter:
         pairs = zip(chat, contents, strict=True)
         return [{"role": turn["role"], "content": content} for turn, content in pairs], protected
 
-    def _prefixes(
-        self, chats: Sequence[Turns], first: Sequence[int]
-    ) -> list[dict[int, str | None]]:
+    def _prefixes(self, chats: Sequence[Turns]) -> list[dict[int, str | None]]:
         """For each chat: assistant turn -> the text before it as a prompt, where there is one."""
         found: list[dict[int, str | None]] = [
-            {turn: None for turn in range(start, len(chat)) if chat[turn]["role"] == "assistant"}
-            for chat, start in zip(chats, first, strict=True)
+            {turn: None for turn, message in enumerate(chat) if message["role"] == "assistant"}
+            for chat in chats
         ]
         places = [(row, turn) for row, turns in enumerate(found) for turn in turns if turn > 0]
         prompts = self._render([chats[row][:turn] for row, turn in places], opened=True)
@@ -152,19 +148,24 @@ class Typesetter:
         return found
 
     def _find_turns(
-        self, layout: Layout, chat: Turns, prefixes: Mapping[int, str | None]
+        self, layout: Layout, chat: Turns, first: int, prefixes: Mapping[int, str | None]
     ) -> Problem | None:
         places: list[Span] | None = None
         for turn, prefix in prefixes.items():
             if prefix is not None and layout.text.startswith(prefix):
+                content = chat[turn]["content"].strip()
                 start = len(prefix)
-                end = layout.text.find(chat[turn]["content"].strip(), start)
-                end += len(chat[turn]["content"].strip()) if end >= 0 else 0
+                end = layout.text.find(content, start)
+                end += len(content) if end >= 0 else 0
             else:
                 # The template writes the turns before this one differently once the chat goes on.
-                layout.follows = False
+                layout.follows = layout.follows and turn < first
                 places = places if places is not None else self._contents(layout.text, chat)
                 start, end = places[turn] if places else (-1, -1)
+            if end >= 0:
+                layout.cuts.append(start)
+            if turn < first:
+                continue
             if end < 0:
                 return Problem(
                     f"the chat template leaves out or changes the answer in message {turn + 1}",
@@ -239,7 +240,7 @@ class Typesetter:
             return [result for results in alone for result in results]
         return list(zip(texts, spans or [[]] * len(texts), strict=True))
 
-    def _skeleton(self, chat: Turns, *, opened: bool = False) -> tuple[int, ...]:
+    def _skeleton(self, chat: Turns, opened: bool) -> tuple[int, ...]:
         """The control tokens that the template writes for turns of these roles."""
         shape = tuple((turn["role"], bool(turn["content"].strip())) for turn in chat)
         key = (opened, shape)

@@ -27,7 +27,7 @@ class Rendered:
     escaped: bool = False
     """Whether a control token written in the row was kept as text."""
     split: bool = False
-    """Whether a token that reached across the start of an answer was split there."""
+    """Whether the text was cut at the start of an answer, where a token reached across."""
 
 
 @dataclass(frozen=True, slots=True)

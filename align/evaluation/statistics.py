@@ -154,8 +154,7 @@ def _resampled_sums(data: Array, seed: int, resamples: int) -> Iterator[Array]:
     """Sums of as many draws from the data, with replacement, as there are data."""
     n = len(data)
     if n * resamples <= CELLS_AT_ONCE:
-        sums: Array = _draw_counts(n, seed, resamples) @ data.astype(np.float32)
-        yield sums.astype(np.float64)
+        yield (_draw_counts(n, seed, resamples) @ data.astype(np.float32)).astype(np.float64)
         return
     rng = np.random.default_rng(seed)
     at_once = max(1, CELLS_AT_ONCE // n)
@@ -181,7 +180,7 @@ def _mcnemar(difference: Array) -> float:
     wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
     disagreements = wins + losses
     tail = sum(comb(disagreements, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / 2**disagreements)
+    return min(1.0, 2 * tail / (1 << disagreements))
 
 
 def _sign_flip(difference: Array, seed: int, resamples: int) -> float:

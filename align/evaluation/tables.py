@@ -47,7 +47,7 @@ def _main_cells(results: Results, row: Row) -> list[str]:
         cells.append(_mean(row["reward"]) if results["judge"] else interval(row["reward"]))
     if results["reference"]:
         cells.append(_mean(row["kl"] and row["kl"]["k1"]))
-    cells += [f"{row['ended']['mean']:.1%}", f"{row['duplicates']:.1%}"]
+    cells += [f"{row['ended']['mean']:.0%}", f"{row['duplicates']:.0%}"]
     cells += [short(row["tokens_in_all"]), duration(row["seconds"])]
     return cells + ([_difference(row)] if results["baseline"] else [])
 
@@ -63,7 +63,10 @@ def task_table(results: Results) -> Table:
     """Score, and correctness where the judge gives it, by task: what a mean over tasks hides."""
     parts = [part for part in ("score", "correct") if part in results["rows"][0]["scores"]]
     heads = [f"{task} ({count})" for task, count in results["tasks"].items()]
-    rows = [(row, [_task_cell(row, task, parts) for task in results["tasks"]]) for row in results["rows"]]
+    rows = [
+        (row, [_task_cell(row, task, parts) for task in results["tasks"]])
+        for row in results["rows"]
+    ]
     return _table(f"{'/'.join(parts)} by task", heads, rows)
 
 
@@ -82,7 +85,8 @@ def refusal_table(results: Results) -> Table:
 
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[tuple[Row, Sequence[str]]]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    close = (0, 1, 0, 0)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=close, pad_edge=False)
     table.add_column("model")
     for head in ("T", *heads):
         table.add_column(Text(sanitise(head)), justify="right")

@@ -47,12 +47,14 @@ def lora_config(
     )
 
 
-def expose_tied_head(model: PeftModel) -> None:
+def expose_tied_head(model: PreTrainedModel | PeftModel) -> None:
     """Let fused losses read the output head when its rows are trained through tied embeddings.
 
     PEFT wraps such a head and answers `weight` with the trained rows in place, but has no `bias`,
     which TRL's fused head asks for.
     """
+    if not isinstance(model, PeftModel):
+        return
     head = model.get_base_model().get_output_embeddings()
     if head is not None and not hasattr(head, "bias"):
         head.bias = None

@@ -40,7 +40,7 @@ class EvalConfig(StageConfig):
     reference: str | None = None
     """Name in `models` that the KL divergence is measured to."""
     baseline: str | None = None
-    """Name in `models` that the others are compared with, prompt by prompt; default: the reference."""
+    """Name in `models` that the others are compared with by prompt; the reference when unset."""
     best_of: dict[str, PositiveInt] = Field(default_factory=dict)
     """Name in `models` -> K: adds a row for the best of K answers by the reward model."""
     seed: NonNegativeInt = 42

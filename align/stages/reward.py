@@ -13,6 +13,7 @@ from align.config.sections import (
     StageConfig,
     TrainerSection,
 )
+from align.errors import fail
 from align.runs import RunFolder
 
 
@@ -50,10 +51,11 @@ def run(config: RewardConfig, folder: RunFolder) -> None:
     from align.training.reward_model import report, save_and_verify
     from align.training.trainers import RewardTrainer as Trainer
 
+    check_artifact(config)
     set_seed(config.trainer.seed)
     arguments = reward_arguments(config, folder.checkpoints)
     tokenizer = load_tokenizer(config.model)
-    rows = training_rows(config.data, tokenizer, "reward")
+    rows = training_rows(config.data, tokenizer, "reward", require_margin=config.use_margin)
     folder.data(rows)
     columns = [*TOKEN_COLUMNS, "margin"] if config.use_margin else TOKEN_COLUMNS
     continued = config.model.adapter_mode == "continue" and config.model.adapter_name_or_path
@@ -71,3 +73,14 @@ def run(config: RewardConfig, folder: RunFolder) -> None:
 
 
 TOKEN_COLUMNS = ["chosen_ids", "rejected_ids"]
+
+
+def check_artifact(config: RewardConfig) -> None:
+    """Refuse what no adapter could hold: a reward adapter sits on weights that have a name."""
+    folded = config.model.adapter_name_or_path and config.model.adapter_mode == "stack"
+    if folded and config.lora.use_peft and not config.merge_adapter:
+        fail(
+            "is folded into the base first, so a reward adapter alone would sit on other weights",
+            where=f"model.adapter_name_or_path: {config.model.adapter_name_or_path}",
+            hint="set merge_adapter: true, which writes a full reward model",
+        )

@@ -56,6 +56,12 @@ FAMILIES = {
     ),
 }
 
+WORDS = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""As in Llama 3, line breaks belong together whatever follows."""
+
+SHIFTING_WORDS = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""As in GPT-2, the last white space before a word is a token of its own."""
+
 CORPUS = [
     "the answer is that the old ship sails at noon and the new one at night",
     "hello there, how are you? I am well, thank you.\n\nWhat is the number of ships?\n",
@@ -64,16 +70,29 @@ CORPUS = [
 ] * 20
 
 
-def build(family: str):
+def build(family: str, words: str = WORDS):
     """A byte-level BPE tokenizer with about 400 tokens and the family's control tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     from align.models.tokenizer import shipped_template
 
     begin, end, pad, special, added, swallowing = FAMILIES[family]
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
@@ -96,8 +115,10 @@ def build(family: str):
 
 @pytest.fixture(scope="session")
 def families():
-    """Family -> tokenizer."""
-    return {family: build(family) for family in FAMILIES}
+    """Family -> tokenizer; `shifting` has Llama 3's template on a vocabulary in which the last line
+    break of a header is tokenized by what follows it."""
+    made = {family: build(family) for family in FAMILIES}
+    return made | {"shifting": build("llama3", SHIFTING_WORDS)}
 
 
 @pytest.fixture(scope="session")

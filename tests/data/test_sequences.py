@@ -213,6 +213,14 @@ def test_a_token_across_the_start_of_an_answer_is_split_there(families):
     assert row.loss_mask.index(1) == len(prompt)
 
 
+def test_a_header_whose_tokens_depend_on_the_answer_is_cut_off(families):
+    tokenizer = families["shifting"]
+    row = render_messages(tokenizer, CHAT)
+    assert row.split
+    assert row.input_ids != tokenizer.apply_chat_template(CHAT)["input_ids"]
+    assert shown(tokenizer, row.input_ids, row.loss_mask) == EXPECTED["llama3"]
+
+
 def test_a_token_across_the_start_of_a_plain_completion_is_split_there(bpe):
     prompt, completion, _ = render_pair(bpe, "the answ", "er is", "x")
     assert prompt == render_prompt(bpe, "the answ")
@@ -304,6 +312,25 @@ def test_any_answer_is_in_the_loss_whole_and_alone(families, family, data):
     prompt = render_prompt(tokenizer, [user(asked)])
     assert row.input_ids[: len(prompt)] == prompt
     assert render_completion(tokenizer, [user(asked)], [assistant(answer)]) == loss
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "shifting"])
+@many
+@given(data=st.data())
+def test_every_turn_begins_where_its_prompt_ends(families, family, data):
+    tokenizer, texts = families[family], hostile(families)
+    contents = [data.draw(texts) + "." for _ in CHAT]
+    chat = [
+        {"role": turn["role"], "content": text} for turn, text in zip(CHAT, contents, strict=True)
+    ]
+    whole = render_messages(tokenizer, chat)
+    for turn in (1, 3):
+        prompt = render_prompt(tokenizer, chat[:turn])
+        completion = render_completion(tokenizer, chat[:turn], chat[turn : turn + 1])
+        both = prompt + completion
+        assert whole.input_ids[: len(both)] == both
+        assert whole.loss_mask[len(prompt) : len(both)] == [1] * len(completion)
+        assert not whole.loss_mask[len(prompt) - 1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -111,9 +111,7 @@ def noisy(groups, *, seed=0, noise=0.1, contrast=1):
 
 
 def apply(rule, groups=(), **options):
-    return apply_rule(
-        rule, list(groups), seed=4, pairs_per_prompt=2, min_gap=0.3, options=options
-    )
+    return apply_rule(rule, list(groups), seed=4, pairs_per_prompt=2, min_gap=0.3, options=options)
 
 
 def test_a_rule_gets_the_shared_arguments_that_it_takes():

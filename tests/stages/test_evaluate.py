@@ -225,7 +225,9 @@ def test_both_estimators_reach_the_exact_value(config, first, second, tmp_path):
 
 
 def test_best_of_k_is_chosen_by_the_reward_model(config, reward_model):
-    results, answers = run(config(reward_model=str(reward_model), best_of={"two": 3}, baseline="two"))
+    results, answers = run(
+        config(reward_model=str(reward_model), best_of={"two": 3}, baseline="two")
+    )
     row = results["rows"][-1]
     assert (row["label"], row["best_of"], row["temperature"]) == ("two best-of-3", 3, 1.0)
     plain = next(r for r in results["rows"] if r["label"] == "two" and r["temperature"] == 1)

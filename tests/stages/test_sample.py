@@ -94,7 +94,10 @@ def test_what_a_run_writes(config, tokenizer):
     ]
     assert {s["ended"] for s in samples} == {True, False}
     for sample in samples:
-        assert tokenizer.decode(sample["ids"], skip_special_tokens=True).strip() == sample["completion"]
+        assert (
+            tokenizer.decode(sample["ids"], skip_special_tokens=True).strip()
+            == sample["completion"]
+        )
         assert sample["tokens"] == len(sample["ids"]) + sample["ended"]
         assert sample["ended"] == (sample["stop_id"] is not None)
         assert json.loads(sample["verdict"]) == letters({}, sample["completion"])

@@ -147,7 +147,8 @@ def test_reward_model_is_reloaded_and_reported(llama, pairs, tmp_path):
     assert report["by_margin"]
     assert summary(artifact)["reload_difference"] < 1e-4
     saved = json.loads((artifact / "adapter_config.json").read_text())
-    assert (saved["task_type"], saved["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    assert saved["task_type"] == "SEQ_CLS"
+    assert "score" in saved["modules_to_save"]
 
 
 @pytest.fixture

@@ -1,0 +1,329 @@
+"""Every key does something: flip it, and what the libraries get changes.
+
+`FLIPS` holds, for each key of each training stage, another value. A key without an entry fails, so a new
+knob brings its flip with it. Keys of sampling and evaluation are flipped too; what they change is what the
+sampler, the scorer, the judge or the rows get, recorded at that seam.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from align.config.fields import leaf_fields
+from align.config.sections import DataSection, Section, StageConfig
+from align.errors import AlignError
+from align.models.adapters import lora_config
+from align.models.identity import Artifact
+from align.models.loading import load_arguments
+from align.stages.dpo import DPOConfig
+from align.stages.evaluate import EvalConfig
+from align.stages.reward import RewardConfig
+from align.stages.sample import SampleConfig
+from align.stages.sft import SFTConfig
+from align.training.arguments import dpo_arguments, reward_arguments, sft_arguments
+
+TRAINING = {SFTConfig: sft_arguments, RewardConfig: reward_arguments, DPOConfig: dpo_arguments}
+
+FLIPS: dict[str, Any] = {
+    "model.model_revision": "v2",
+    "model.dtype": "float16",
+    "model.attn_implementation": "eager",
+    "model.load_in_4bit": True,
+    "model.load_in_8bit": True,
+    "model.bnb_4bit_quant_type": "fp4",
+    "model.use_bnb_nested_quant": False,
+    "lora.use_peft": False,
+    "lora.lora_r": 3,
+    "lora.lora_alpha": 7,
+    "lora.lora_dropout": 0.25,
+    "lora.lora_target_modules": ["q_proj"],
+    "lora.lora_modules_to_save": ["embed_tokens"],
+    "lora.trainable_token_indices": [1, 2],
+    "lora.use_dora": True,
+    "lora.use_rslora": True,
+    "trainer.per_device_train_batch_size": 3,
+    "trainer.per_device_eval_batch_size": 3,
+    "trainer.gradient_accumulation_steps": 3,
+    "trainer.learning_rate": 0.5,
+    "trainer.num_train_epochs": 7.0,
+    "trainer.max_steps": 7,
+    "trainer.lr_scheduler_type": "constant",
+    "trainer.lr_scheduler_kwargs": {"num_cycles": 2},
+    "trainer.warmup_steps": 7.0,
+    "trainer.optim": "adamw_torch_fused",
+    "trainer.weight_decay": 0.5,
+    "trainer.adam_beta1": 0.5,
+    "trainer.adam_beta2": 0.5,
+    "trainer.adam_epsilon": 0.5,
+    "trainer.max_grad_norm": 0.5,
+    "trainer.gradient_checkpointing": False,
+    "trainer.bf16": True,
+    "trainer.seed": 7,
+    "trainer.train_sampling_strategy": "sequential",
+    "trainer.dataloader_num_workers": 1,
+    "trainer.logging_steps": 7,
+    "trainer.save_steps": 7,
+    "trainer.save_total_limit": 7,
+    "trainer.eval_strategy": "steps",
+    "trainer.eval_steps": 7,
+    "trainer.report_to": ["tensorboard"],
+    "trainer.loss_type": "dft",
+    "trainer.extra": {"neftune_noise_alpha": 5.0},
+    "data.packing": True,
+    "center_rewards_coefficient": 0.5,
+    "beta": 0.5,
+    "loss_type": ["ipo", "sft"],
+    "loss_weights": [0.5],
+    "label_smoothing": 0.25,
+    "f_divergence_type": "js_divergence",
+    "precompute_ref_log_probs": True,
+}
+"""Keys whose effect is seen in the arguments of TRL, PEFT or from_pretrained."""
+
+NEEDS = {
+    "model.bnb_4bit_quant_type": {"model": {"load_in_4bit": True}},
+    "model.use_bnb_nested_quant": {"model": {"load_in_4bit": True}},
+    "trainer.eval_steps": {"trainer": {"eval_strategy": "steps"}},
+}
+"""What has to be set for a key to mean anything."""
+
+SEEN_ELSEWHERE = {
+    "output_dir": "tests/test_runs.py",
+    "stage": "the command's own name",
+    "launch.num_processes": "tests/test_launch.py",
+    "launch.accelerate": "tests/test_launch.py",
+    "model.model_name_or_path": "tests/models/test_loading.py",
+    "model.adapter_name_or_path": "tests/models/test_loading.py",
+    "model.adapter_mode": "tests/models/test_loading.py",
+    "model.tokenizer_name_or_path": "tests/models/test_tokenizer.py",
+    "model.chat_template_path": "tests/models/test_tokenizer.py",
+    "use_margin": "tests/stages/test_training_stages.py",
+    "merge_adapter": "tests/stages/test_training_stages.py",
+}
+"""Keys whose effect is not an argument; the named test sees it. Data keys are flipped below."""
+
+
+def merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    found = dict(base)
+    for key, value in more.items():
+        both = isinstance(value, dict) and isinstance(found.get(key), dict)
+        found[key] = merged(found[key], value) if both else value
+    return found
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def resolved(config: Any, folder: Path) -> dict[str, Any]:
+    """Everything that the libraries are given for this config."""
+    arguments = TRAINING[type(config)](config, folder)
+    lora = lora_config(config.lora, reward=isinstance(config, RewardConfig))
+    checkpoint = Artifact("org/model", "policy", config={"dtype": "bfloat16"})
+    load = load_arguments(config.model, checkpoint, trained=not config.lora.use_peft)
+    quantization = load.pop("quantization_config", None)
+    return {
+        "trainer": arguments.to_dict(),
+        "lora": lora and lora.to_dict(),
+        "load": {key: str(value) for key, value in load.items()},
+        "quantization": quantization and quantization.to_dict(),
+    }
+
+
+CASES = [
+    (kind, field.name)
+    for kind in TRAINING
+    for field in leaf_fields(kind)
+    if field.name not in SEEN_ELSEWHERE and not field.name.startswith("data.")
+] + [(SFTConfig, "data.packing")]
+
+
+@pytest.mark.parametrize(("kind", "key"), CASES, ids=lambda case: getattr(case, "__name__", case))
+def test_flipping_a_key_changes_what_the_libraries_get(kind, key, tmp_path):
+    assert key in FLIPS, f"a new key needs an entry in FLIPS: {key}"
+    base = {
+        "output_dir": "unused",
+        "model": {"model_name_or_path": "org/model"},
+        "data": {"dataset_name": "org/rows"},
+    }
+    base = merged(base, NEEDS.get(key, {}))
+    before = resolved(kind.model_validate(base), tmp_path)
+    after = resolved(kind.model_validate(merged(base, nested(key, FLIPS[key]))), tmp_path)
+    assert before != after, f"{key} is read by nothing"
+
+
+# --- rows ---------------------------------------------------------------------------------
+
+CHATS = [
+    [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": "one two " * n}]
+    for n in range(1, 9)
+]
+DATA_FLIPS: dict[str, Any] = {
+    "dataset_name": "other.jsonl",
+    "dataset_train_split": "train[:50%]",
+    "datasets": [{"path": "rows.jsonl", "weight": 3}, {"path": "other.jsonl", "weight": 1}],
+    "test_split_size": 0.25,
+    "dataset_test_split": "train[:25%]",
+    "format": "text",
+    "columns": {"messages": "more"},
+    "system_prompt": "Be brief.",
+    "max_samples": 3,
+    "max_length": 60,
+    "assistant_only_loss": False,
+}
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch) -> Path:
+    """Two files of chats, with a second column of chats and one of plain text."""
+    monkeypatch.chdir(tmp_path)
+    table = [{"messages": chat, "more": chat[:2] * 2, "text": "plain"} for chat in CHATS]
+    for name, part in (("rows", table), ("other", table[::-1][:5])):
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    return tmp_path
+
+
+def token_rows(tokenizer, **data: Any) -> Any:
+    from align.data.rendering import training_rows
+    from align.stages.sft import SFTData
+
+    section = SFTData.model_validate({"max_length": None, **data})
+    rendered = training_rows(
+        section, tokenizer, "sft", assistant_only=section.assistant_only_loss
+    )
+    parts = [rendered.train, rendered.test]
+    return [part and [part["input_ids"][:], part["labels"][:]] for part in parts]
+
+
+@pytest.mark.parametrize("key", DATA_FLIPS)
+def test_flipping_a_data_key_changes_the_rows(rows, tokenizer, key):
+    base: dict[str, Any] = {"dataset_name": "rows.jsonl", "format": "messages"}
+    flipped = merged(base, {key: DATA_FLIPS[key]})
+    if key == "datasets":
+        del flipped["dataset_name"]
+    assert token_rows(tokenizer, **base) != token_rows(tokenizer, **flipped)
+
+
+def test_dropping_differs_from_cutting(rows, tokenizer):
+    base = {"dataset_name": "rows.jsonl", "format": "messages", "max_length": 60}
+    cut = token_rows(tokenizer, **base)
+    assert cut != token_rows(tokenizer, **base, truncation_mode="drop")
+
+
+def test_hub_configuration_reaches_load_dataset(tokenizer, monkeypatch):
+    import datasets
+
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(path: str, name: str | None = None, **more: Any) -> Dataset:
+        asked.append((path, name, more.get("split")))
+        return Dataset.from_list([{"messages": chat} for chat in CHATS])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("align.data.sources.load_dataset", load_dataset, raising=False)
+    token_rows(tokenizer, dataset_name="org/rows", dataset_config="main")
+    token_rows(tokenizer, datasets=[{"path": "org/rows", "name": "socratic", "split": "test"}])
+    assert [one[:2] for one in asked] == [("org/rows", "main"), ("org/rows", "socratic")]
+
+
+def test_every_data_key_is_flipped():
+    flipped = set(DATA_FLIPS) | {"truncation_mode", "dataset_config"}
+    # Processes change the speed of rendering only: tests/data sees that the rows are the same.
+    known = set(DataSection.model_fields) | {"assistant_only_loss"}
+    assert known - flipped == {"dataset_num_proc"}
+
+
+# --- sampling and evaluation: which keys does a run read? -----------------------------------
+
+
+class _Reads:
+    """Records which keys of a config are looked at."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, config: StageConfig) -> None:
+        self.keys: set[str] = set()
+        names = {id(config): ""}
+        for name in type(config).model_fields:
+            if isinstance(part := getattr(config, name), Section):
+                names[id(part)] = f"{name}."
+        plain = Section.__getattribute__
+
+        def recorded(section: Section, name: str) -> Any:
+            if id(section) in names and not name.startswith(("_", "model_")):
+                self.keys.add(names[id(section)] + name)
+            return plain(section, name)
+
+        monkeypatch.setattr(Section, "__getattribute__", recorded)
+
+
+def keys_of(kind: type[StageConfig]) -> set[str]:
+    """Keys that only the stage's own `run` can read."""
+    shared = {"output_dir", "stage", "launch", "model", "data"}
+    return {field.name for field in leaf_fields(kind) if field.name.split(".")[0] not in shared}
+
+
+@pytest.mark.slow
+def test_a_sample_run_reads_every_key_of_its_own(llama, rows, monkeypatch):
+    from align.runs import RunFolder
+
+    config = SampleConfig.model_validate(
+        {
+            "output_dir": "sampled",
+            "model": {"model_name_or_path": str(llama)},
+            "data": {"dataset_name": "rows.jsonl", "format": "messages", "max_samples": 2},
+            "generation": {"num_generations": 2, "max_new_tokens": 3},
+            "scorer": {"judge": "contains"},
+            "pairs": {"only_finished": False},
+        }
+    )
+    monkeypatch.setattr("align.registry.JUDGES", {"contains": "tests.test_every_key:count_judge"})
+    from align.stages.sample import run
+
+    reads = _Reads(monkeypatch, config)
+    run(config, RunFolder(config, quiet=True))
+    assert keys_of(SampleConfig) - reads.keys <= {"scorer.score_batch_size"}
+
+
+def count_judge(row: Any, completion: str) -> dict[str, float]:
+    return {"score": float(len(completion))}
+
+
+@pytest.mark.slow
+def test_an_eval_run_reads_every_key_of_its_own(llama, rows, monkeypatch):
+    from align.runs import RunFolder
+    from align.stages.evaluate import run
+
+    config = EvalConfig.model_validate(
+        {
+            "output_dir": "evaluated",
+            "models": {"one": str(llama)},
+            "data": {"dataset_name": "rows.jsonl", "format": "messages", "max_samples": 2},
+            "generation": {"max_new_tokens": 3, "temperatures": [0.7]},
+            "judge": "contains",
+        }
+    )
+    monkeypatch.setattr("align.registry.JUDGES", {"contains": "tests.test_every_key:count_judge"})
+    reads = _Reads(monkeypatch, config)
+    run(config, RunFolder(config, quiet=True))
+    unread = keys_of(EvalConfig) - reads.keys
+    assert {key for key in unread if not key.startswith("models.")} <= {"score_batch_size"}
+
+
+def test_both_scorers_at_once_are_refused():
+    from align.stages.sample import check_scorer
+
+    section = SampleConfig.model_validate(
+        {
+            "output_dir": "unused",
+            "model": {"model_name_or_path": "org/model"},
+            "data": {"dataset_name": "org/rows"},
+            "scorer": {"judge": "number", "reward_model": "org/reward"},
+        }
+    )
+    with pytest.raises(AlignError, match="both are given"):
+        check_scorer(section.scorer)
