@@ -9,15 +9,13 @@ import json
 import os
 import re
 import sys
-import tempfile
-import time
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from align.answers import answer, crash, print_json, problems_json
 from align.errors import AlignError, fail
 from align.stages import STAGES
 
@@ -95,37 +93,6 @@ def _optional_pattern(words: Sequence[str]) -> list[str]:
         bare = word == "--options" and (last or words[place + 1].startswith("-"))
         found.append("--options=" if bare else word)
     return found
-
-
-def answer(error: AlignError, *, as_json: bool = False) -> int:
-    """Show an error on one screen, with `as_json` as JSON on stdout too; returns the exit code."""
-    from align.views import print_json, print_problems, problems_json
-
-    if as_json:
-        print_json(problems_json(error.problems))
-    print_problems(error)
-    return error.exit_code
-
-
-def crash(error: Exception) -> int:
-    """Say that something unexpected happened, and where the traceback is; returns the exit code."""
-    from align.environment import scrub
-    from align.report.terminal import say
-
-    notes = getattr(error, "__notes__", [])
-    if not notes:
-        text = scrub("".join(traceback.format_exception(error)))
-        name = f"align-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-        log = Path(tempfile.gettempdir()) / name
-        log.write_text(text, encoding="utf-8")
-        notes = [f"The traceback is in {log}; ALIGN_DEBUG=1 prints it."]
-    first = str(error).strip().partition("\n")[0]
-    rank = os.environ.get("RANK")
-    place = f" in process {rank}" if rank else ""
-    say(f"unexpected error{place}: {type(error).__name__}: {scrub(first)[:300]}", style="red")
-    for note in notes:
-        say(f"    {note}")
-    return 1
 
 
 def build(words: Sequence[str]) -> typer.Typer:
@@ -262,7 +229,7 @@ def _run_stage_command(
     from align.launch import needs_launch, relaunch
     from align.options import ordered
     from align.runs import recipe_text, run_stage
-    from align.views import print_json, print_options
+    from align.views import print_options
 
     if options is not None:
         if not print_options(kind, options):
@@ -334,9 +301,9 @@ def status(
     """Show how the stages of a pipeline stand: states, sizes, key metrics."""
     from align.report.tables import show_status
     from align.report.terminal import say
-    from align.views import print_json
+    from align.selection import places, states
 
-    found = {place: _states(place, sets or [], with_stages or []) for place in _places(place)}
+    found = {place: states(place, sets or [], with_stages or []) for place in places(place)}
     if as_json:
         stages = [stage.as_json() for group in found.values() for stage in group]
         print_json({"stages": stages})
@@ -345,30 +312,6 @@ def status(
         if len(found) > 1:
             say(name, style="bold", results=True)
         show_status(group)
-
-
-def _places(place: str | None) -> list[str]:
-    if place is not None:
-        return [place]
-    found = sorted(Path("runs").glob("*/pipeline.json"))
-    if not found:
-        fail("no pipeline has run below runs/", hint="name a pipeline, its folder or a run folder")
-    return [str(file.parent) for file in found]
-
-
-def _states(place: str, sets: Sequence[str], with_stages: Sequence[str]) -> Sequence[Any]:
-    from align.config.load import is_pipeline, load_pipeline, load_stage, read_recipe
-    from align.status import PIPELINE_FILE, Plan, run_status, survey
-
-    folder = Path(place)
-    if folder.is_dir() or folder.with_name(f"{folder.name}.partial").is_dir():
-        if (folder / PIPELINE_FILE).is_file():
-            return survey(Plan.read(folder))
-        return [run_status(folder)]
-    if is_pipeline(read_recipe(place)[0]):
-        loaded = load_pipeline(place, sets, with_stages=with_stages, ready=False)
-        return survey(Plan.of(loaded))
-    return [run_status(Path(load_stage(place, sets, ready=False).config.output_dir))]
 
 
 # --- recipes --------------------------------------------------------------------------------
@@ -388,7 +331,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Print every value of a recipe and where it comes from."""
-    from align.views import print_json, print_names, print_values, value_rows
+    from align.selection import stages_of
+    from align.views import print_names, print_values, value_rows
 
     if judges:
         print_names()
@@ -396,7 +340,7 @@ def show(
     if recipe is None:
         fail("no recipe is named", hint="as in `align show tiny/pipeline`")
     rows: list[tuple[str, Any, str]] = []
-    for prefix, loaded in _loaded(recipe, sets, with_stages, stage):
+    for prefix, loaded in stages_of(recipe, sets, with_stages, stage):
         rows += value_rows(loaded.config, loaded.origins, prefix)
     rows = [row for row in rows if not changed or row[2] != "default"]
     if as_json:
@@ -405,34 +349,11 @@ def show(
         print_values(rows)
 
 
-def _loaded(
-    recipe: str,
-    sets: Sequence[str] | None,
-    with_stages: Sequence[str] | None,
-    stage: str | None,
-) -> list[tuple[str, Any]]:
-    """Prefix and loaded stage: one for a stage's recipe, all (or `stage`) for a pipeline."""
-    from align.config.load import is_pipeline, load_pipeline, load_stage, read_recipe
-    from align.config.suggest import nearest
-
-    if not is_pipeline(read_recipe(recipe)[0]):
-        return [("", load_stage(recipe, sets or [], ready=False))]
-    stages = load_pipeline(recipe, sets or [], with_stages=with_stages or [], ready=False).stages
-    if stage is None:
-        return [(f"{name}.", loaded) for name, loaded in stages.items()]
-    if stage not in stages:
-        close = nearest(stage, stages)
-        hint = f"did you mean `{close}`?" if close else f"stages: {', '.join(stages)}"
-        fail(f"no stage is called `{stage}`", where=recipe, hint=hint)
-    return [(f"{stage}.", stages[stage])]
-
-
 def validate(
     recipe: Recipe, sets: Sets = None, with_stages: With = None, as_json: Json = False
 ) -> None:
     """Check a recipe: every problem at once, with line and way out. Needs no GPU."""
     from align.config.load import is_pipeline, load_pipeline, load_stage, read_recipe
-    from align.views import print_json, problems_json
 
     loaded: Any
     if is_pipeline(read_recipe(recipe)[0]):
@@ -459,10 +380,11 @@ def inspect_rows(
     as_json: Json = False,
 ) -> None:
     """Show what a stage really trains on: every token, and whether it is in the loss."""
-    from align.config.references import substitute
+    from align.config.references import references, substitute
     from align.runs import output_path
+    from align.selection import stages_of
 
-    found = _loaded(recipe, sets, with_stages, stage)
+    found = stages_of(recipe, sets, with_stages, stage)
     if len(found) > 1:
         names = ", ".join(prefix.rstrip(".") for prefix, _ in found)
         fail(
@@ -470,11 +392,19 @@ def inspect_rows(
         )
     artifacts = {
         prefix.rstrip("."): output_path(loaded.config) / "artifact"
-        for prefix, loaded in _loaded(recipe, sets, with_stages, None)
+        for prefix, loaded in stages_of(recipe, sets, with_stages, None)
     }
+    config = found[0][1].config
+    for reference in references(config):
+        if not artifacts[reference.stage].exists():
+            fail(
+                f"needs what the stage `{reference.stage}` leaves, and that has not run",
+                where=f"{recipe}: {reference.text}",
+                hint=f"run `align run {recipe} --until {reference.stage}` first",
+            )
     from align.data.inspection import inspect_stage
 
-    inspect_stage(substitute(found[0][1].config, artifacts), rows=rows, as_json=as_json)
+    inspect_stage(substitute(config, artifacts), rows=rows, as_json=as_json)
 
 
 def schema(
@@ -483,7 +413,6 @@ def schema(
     """Print the JSON schema of a recipe, for editors."""
     from align.config.schema import KINDS, schema_of
     from align.config.suggest import nearest
-    from align.views import print_json
 
     if kind not in KINDS:
         close = nearest(kind, KINDS)

@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def scrub_arguments(arguments: list[str]) -> list[str]:
     return shown
 
 
+@cache
 def _version(library: str) -> str | None:
     try:
         return metadata.version(library)

@@ -230,7 +230,7 @@ def _code(code: int) -> int:
 
 
 if __name__ == "__main__":
-    from align.cli import answer
+    from align.answers import answer
 
     try:
         sys.exit(main(sys.argv[1:]))

@@ -18,16 +18,17 @@ from align.config.sections import StageConfig
 from align.config.suggest import nearest
 from align.durable import free_name, read_json, rename, write_json, write_text
 from align.errors import AlignError, Problem, fail
-from align.launch import needs_launch, relaunch
+from align.launch import launched_world, needs_launch, relaunch
 from align.lineage import Identity, identify
 from align.locks import locked
 from align.report.progress import duration
 from align.report.tables import key_metrics, show_table, write_table
 from align.report.terminal import say
 from align.resources import display
-from align.runs import Stopped, output_path, recipe_text, run_stage, stoppable
+from align.runs import output_path, recipe_text, run_stage
 from align.standing import refuse, standing
 from align.status import PIPELINE_FILE, Plan, StageStatus, survey
+from align.stopping import Stopped, stoppable
 
 OLD = ".old"
 
@@ -45,6 +46,12 @@ def run_pipeline(
     Raises:
         AlignError: a stage failed, with what to mend; the stages before it stay.
     """
+    if (launched_world() or 1) > 1:
+        fail(
+            "a pipeline starts its own processes",
+            where="align run",
+            hint="run it without a launcher, and set launch.num_processes in the stages",
+        )
     plan = Plan.of(loaded)
     names = _names(plan, until, force)
     with stoppable():
@@ -52,8 +59,7 @@ def run_pipeline(
         _refuse_foreign(plan, names, found)
         if not force and all(found[name].state == "complete" for name in names):
             say(f"nothing to do: all {len(names)} stages are complete and unchanged", style="green")
-            show_table(plan)
-            _say_where(plan)
+            _finish(plan, names, write=not (plan.output / "table.md").exists())
             return plan.output
         with locked(plan.output):
             _Walk(plan, names, set(force)).go()
@@ -79,7 +85,12 @@ def _refuse_foreign(plan: Plan, names: Sequence[str], found: dict[str, StageStat
             refuse(output, standing(output, Identity({}, {})))
 
 
-def _say_where(plan: Plan) -> None:
+def _finish(plan: Plan, names: Sequence[str], *, write: bool) -> None:
+    """Show what came out, when the last stage is through, and where everything lies."""
+    if names[-1] == plan.chosen[-1]:
+        if write:
+            write_table(plan)
+        show_table(plan)
     say(f"everything lies in {display(plan.output)}/")
 
 
@@ -122,10 +133,7 @@ class _Walk:
                 self.record["seconds"] = round(before + time.monotonic() - started, 3)
                 write_json(self.file, self.record)
                 self.tidy()
-        if self.names[-1] == self.plan.chosen[-1]:
-            write_table(self.plan)
-            show_table(self.plan)
-        _say_where(self.plan)
+        _finish(self.plan, self.names, write=True)
 
     def stage(self, name: str) -> None:
         """Bring one stage to completion, by leaving it, bringing it back or running it."""

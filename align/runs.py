@@ -11,21 +11,19 @@ import json
 import math
 import os
 import shutil
-import signal
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
 from align.config.sections import StageConfig
 from align.durable import free_name, read_json, rename, sync_tree, write_json, write_text
 from align.environment import SECRET, environment, is_main, scrub, world_size
-from align.errors import AlignError, Problem, fail
+from align.errors import AlignError, fail
 from align.launch import check_world
 from align.lineage import (
     Identity,
@@ -39,6 +37,7 @@ from align.locks import locked
 from align.report.terminal import say
 from align.stages import STAGES
 from align.standing import check_inputs, refuse, standing
+from align.stopping import Stopped, stoppable
 
 Result = TypeVar("Result")
 
@@ -46,16 +45,15 @@ WORKING = ("checkpoints", "parts")
 """Folders that only an unfinished run needs."""
 
 
+SMALLER = (
+    "halve trainer.per_device_train_batch_size and double trainer.gradient_accumulation_steps "
+    "(the same command goes on), set trainer.gradient_checkpointing: true, or lower "
+    "data.max_length or the generation and score batch sizes"
+)
+"""The ways out when memory does not suffice."""
+
 UNSET_MATTERS = (("model", "adapter_mode"), ("launch", "num_processes"))
 """Keys whose default means something else when it is written down."""
-
-
-class Stopped(AlignError):
-    """Stopped by a signal, and the same command goes on. Exit code 128 + signal."""
-
-    def __init__(self, signum: int, hint: str = "the same command goes on") -> None:
-        self.exit_code = 128 + signum
-        super().__init__(Problem(f"stopped by {signal.Signals(signum).name}", hint=hint))
 
 
 def output_path(config: StageConfig) -> Path:
@@ -198,8 +196,10 @@ class RunFolder:
         """Keep the clock for the attempt that goes on."""
         self._write_summary()
 
-    def record_failure(self, error: BaseException) -> Path:
-        """Append the traceback to the log of this process; returns the log."""
+    def record_failure(self, error: BaseException) -> Path | None:
+        """Append the traceback to the log of this process and return it; None without a folder."""
+        if not self.path.exists():  # the main process took it away after a refusal
+            return None
         rank = os.environ.get("RANK", "0")
         log = self.path / ("log.txt" if self.is_main else f"log-rank{rank}.txt")
         text = "".join(traceback.format_exception(error))
@@ -278,7 +278,7 @@ def publish(partial: Path, output: Path) -> None:
 
 
 def _open_to_the_group(root: Path) -> None:
-    """Give files the rights that the umask asks for; safetensors writes them for the owner alone."""
+    """Give files the rights that the umask asks for; safetensors makes them the owner's alone."""
     mask = os.umask(0)
     os.umask(mask)
     for path in folder_files(root):
@@ -310,8 +310,12 @@ def _last_time(folder: Path) -> float:
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         file.write_bytes(whole)
-    last = whole.splitlines()[-1:] or [b"{}"]
-    return float(json.loads(last[0]).get("time", 0.0))
+    for line in reversed(whole.splitlines()):
+        try:
+            return float(json.loads(line)["time"])
+        except (ValueError, KeyError):
+            continue
+    return 0.0
 
 
 def _wait_for_all() -> None:
@@ -328,20 +332,36 @@ def _join() -> Any:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
+def is_done(config: StageConfig) -> bool:
+    """Whether the run folder holds the result of this very recipe. Writes nothing.
+
+    Raises:
+        AlignError: an input is not there, or the folder holds something else.
+    """
+    return _examine(config)[1]
+
+
+def _examine(config: StageConfig) -> tuple[Identity, bool]:
+    """What a run of this config is made of, and whether it is there already."""
+    output, identity = output_path(config), identify(config)
+    check_inputs(identity)
+    found = standing(output, identity)
+    if found.state not in ("absent", "unchanged"):
+        refuse(output, found)
+    return identity, found.state == "unchanged"
+
+
 def _prepare(config: StageConfig, name: str, quiet: bool) -> RunFolder | None:
     """Decide what is to be done at `output_dir`; None when the run is there already.
 
     Raises:
         AlignError: the folder holds another run; nothing was written then.
     """
-    output, identity = output_path(config), identify(config)
-    check_inputs(identity)
-    found = standing(output, identity)
-    if found.state == "unchanged":
+    output = output_path(config)
+    identity, done = _examine(config)
+    if done:
         _tidy(output)
         return None
-    if found.state != "absent":
-        refuse(output, found)
     partial = partial_path(output)
     kept = read_json(partial / "lineage.json") or {}
     if partial.exists() and kept.get("fingerprint") != identity.fingerprint:
@@ -378,33 +398,6 @@ def _on_main(decide: Callable[[], Result]) -> tuple[Result | None, bool]:
     if verdict[0] is not None:
         raise AlignError(*verdict[0])
     return result, verdict[1]
-
-
-class _Signalled(KeyboardInterrupt):
-    """SIGTERM as it travels through a stage; no library swallows a KeyboardInterrupt."""
-
-    signum = signal.SIGTERM
-
-
-def _on_sigterm(_: int, __: Any) -> NoReturn:
-    raise _Signalled
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGTERM and Ctrl-C inside become `Stopped` outside, so that locks and files are in order."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, _on_sigterm)
-        yield
-    except KeyboardInterrupt as error:
-        raise Stopped(getattr(error, "signum", signal.SIGINT)) from None
-    finally:
-        if in_main_thread:
-            for number, handler in kept.items():
-                signal.signal(number, handler)
 
 
 def run_stage(
@@ -455,12 +448,14 @@ def _run_in(folder: RunFolder) -> Path:
         raise
     except Exception as error:
         log = folder.record_failure(error)
+        if log is None:
+            raise
+        where = str(folder.path)
         if _disk_is_full(error, folder.path):
-            fail(
-                "the disk is full",
-                where=str(folder.path),
-                hint=f"free some space; the same command goes on (traceback in {log})",
-            )
+            hint = "free some space; the same command goes on"
+            fail("the disk is full", where=where, hint=hint)
+        if type(error).__name__ == "OutOfMemoryError":
+            fail("the GPU ran out of memory", where=where, hint=f"{SMALLER} (traceback in {log})")
         error.add_note(f"The traceback is in {log}; the same command goes on from there.")
         raise
 
@@ -480,3 +475,14 @@ def _disk_is_full(error: Exception, path: Path) -> bool:
         return True
     # torch reports a full disk as a RuntimeError about the file's position.
     return isinstance(error, RuntimeError) and shutil.disk_usage(path).free < 2**20
+
+
+__all__ = [
+    "RunFolder",
+    "Stopped",
+    "is_done",
+    "output_path",
+    "partial_path",
+    "recipe_text",
+    "run_stage",
+]

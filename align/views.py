@@ -1,50 +1,7 @@
-"""What the light commands print: problems, keys, resolved values, shipped recipes."""
+"""What the light commands print: keys, resolved values, shipped recipes."""
 
-import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from align.errors import AlignError, Problem
-
-MOST_LINES = 44
-"""Lines of one error: it must fit on a screen."""
-
-
-def print_json(value: Any) -> None:
-    """A value as JSON on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
-
-
-def problems_json(problems: Iterable[Problem]) -> dict[str, Any]:
-    """What `--json` says of a refused command."""
-    from align.config.problems import as_json
-
-    return {"ok": False, "problems": [as_json(problem) for problem in problems]}
-
-
-def print_problems(error: AlignError) -> None:
-    """An error on one screen, on stderr; of several processes the first tells it in full."""
-    from align.report.terminal import say
-
-    problems = list(error.problems)
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        say(f"process {rank}: {problems[0] if problems else error}".splitlines()[0], style="red")
-        return
-    if len(problems) > 1:
-        say(f"{len(problems)} problems", style="bold red")
-    lines = 1
-    for number, problem in enumerate(problems):
-        where = f"{problem.where}: " if problem.where else ""
-        say(f"{'error: ' if len(problems) == 1 else ''}{where}{problem.message}", style="red")
-        if problem.hint:
-            say(f"    {problem.hint}")
-        lines += 2 if problem.hint else 1
-        left = len(problems) - number - 1
-        if lines >= MOST_LINES and left > 1:
-            say(f"... and {left} more")
-            break
 
 
 def print_options(kind: str, pattern: str) -> bool:

@@ -3,8 +3,8 @@
     python benchmarks/generation.py --model runs/tiny/sft/artifact
     python benchmarks/generation.py --model MODEL --batch-size 256 --max-new-tokens 512
 
-Both get the same prompts, sorted by length, the same rows at once, the same stop tokens and the same
-limit; `generate` gets `num_return_sequences`. Each is run once before the clock, then both in turns.
+Both get the same prompts, sorted by length, the same rows at once, stop tokens and limit;
+`generate` gets `num_return_sequences`. Each is run once before the clock, then both in turns.
 On a CPU the processor time of this process counts, so that other work on the machine disturbs
 little; on a GPU the wall time.
 """

@@ -16,13 +16,15 @@ from align.durable import read_json, write_json
 from align.environment import scrub, scrub_arguments
 from align.errors import AlignError
 from align.locks import locked
-from align.runs import RunFolder, Stopped, run_stage
+from align.runs import RunFolder, is_done, run_stage
 from align.stages.sft import SFTConfig
+from align.stopping import Stopped
 
 
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_stages.register(monkeypatch)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # slow, and without effect here
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("FAKE_CONTROL", str(tmp_path / "control.json"))
 
@@ -311,6 +313,48 @@ def test_a_full_disk_is_said_in_words(tmp_path: Path, rows: Path, monkeypatch) -
     monkeypatch.setattr(fake_stages, "run", full)
     with pytest.raises(AlignError, match="the disk is full"):
         run_stage(sft(tmp_path, rows))
+
+
+def test_a_full_gpu_is_said_in_words_and_a_split_step_goes_on(
+    tmp_path: Path, rows: Path, monkeypatch
+) -> None:
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    def too_large(config: SFTConfig, folder: RunFolder) -> None:
+        (folder.parts / "0.json").touch()
+        if config.trainer.per_device_train_batch_size > 4:
+            raise OutOfMemoryError("CUDA out of memory")
+        (folder.artifact / "x").touch()
+
+    monkeypatch.setattr(fake_stages, "run", too_large)
+    with pytest.raises(AlignError, match=r"double trainer\.gradient_accumulation_steps"):
+        run_stage(sft(tmp_path, rows))
+    split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    output = run_stage(sft(tmp_path, rows, trainer=split))
+    assert read_json(output / "summary.json")["attempts"] == 2
+
+
+def test_whether_a_run_is_done_is_found_out_without_writing(tmp_path: Path, rows: Path) -> None:
+    config = sft(tmp_path, rows)
+    before = tree(tmp_path)
+    assert not is_done(config)
+    assert tree(tmp_path) == before
+    run_stage(config)
+    assert is_done(config)
+    with pytest.raises(AlignError, match="another run"):
+        is_done(sft(tmp_path, rows, merge_adapter=True))
+
+
+def test_files_get_the_rights_of_the_umask(tmp_path: Path, rows: Path, monkeypatch) -> None:
+    def private(config: SFTConfig, folder: RunFolder) -> None:
+        (folder.artifact / "model.safetensors").touch(mode=0o600)
+
+    monkeypatch.setattr(fake_stages, "run", private)
+    file = run_stage(sft(tmp_path, rows)) / "artifact" / "model.safetensors"
+    mask = os.umask(0)
+    os.umask(mask)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_a_place_that_cannot_be_written_is_said_in_words(tmp_path: Path, rows: Path) -> None:

@@ -106,14 +106,14 @@ class PipelineReader:
             return None
         base = self._base(name, entry)
         kind = entry.get("stage", base.data.get("stage") if base else None)
-        if kind not in STAGES:
+        if not isinstance(kind, str) or kind not in STAGES:
             close = nearest(str(kind), STAGES) if kind is not None else None
             hint = f"did you mean `{close}`?" if close else f"one of {', '.join(STAGES)}"
             message = "is required" if kind is None else f"names no stage: {shown(kind)}"
             self.tell((*path, "stage"), message, hint, kind)
             return None
         inline = Layer(self.document, entry, path, f"{name}.", self.folder)
-        draft = Draft(config_class(str(kind)), replace(inline.source(()), key=None), f"{name}.")
+        draft = Draft(config_class(kind), replace(inline.source(()), key=None), f"{name}.")
         self._add_defaults(draft)
         if base is not None:
             data = {key: value for key, value in base.data.items() if key != "output_dir"}

@@ -96,6 +96,8 @@ class Draft:
     """What errors put in front of keys that no file gave: the stage's name in a pipeline."""
     given: dict[str, Given] = field(default_factory=dict)
     problems: list[RecipeProblem] = field(default_factory=list)
+    broken: set[str] = field(default_factory=set)
+    """Sections that were given as a single value; nothing in them is missed."""
 
     @property
     def kind(self) -> str:
@@ -150,6 +152,7 @@ class Draft:
                 hint = f"did you mean `{first.name}`?"
                 source = layer.source((key,))
                 self.problems.append(RecipeProblem.at(source, key, message, hint, value))
+                self.broken.add(key)
 
     def add(self, layer: Layer) -> None:
         """Put a layer over what was given so far; unknown and doubled keys are problems."""
@@ -246,15 +249,20 @@ class Draft:
         None where even that is impossible.
         """
         nested = self.nested()
-        bad: set[str] = set()
+        bad = {name for name, leaf in self.leaves.items() if leaf.section in self.broken}
         config = self.validate(nested)
         if isinstance(config, ValidationError):
             self._as_text(config, nested)
             config = self.validate(nested)
         if isinstance(config, ValidationError):
-            for fault in faults(config, nested, self.leaves):
-                bad.add(fault.leaf)
+            wrong = [
+                fault
+                for fault in faults(config, nested, self.leaves)
+                if self.leaves[fault.leaf].section not in self.broken
+            ]
+            for fault in wrong:
                 self.tell(fault)
+            bad |= {fault.leaf for fault in wrong}
             for name in bad:
                 _leave_out(self.leaves[name], nested)
         pending = self._find_paths(nested, bad, in_pipeline)
@@ -289,16 +297,16 @@ class Draft:
     def _as_text(self, error: ValidationError, nested: dict[str, Any]) -> None:
         """Where text is wanted and a number was read, take the number as it was written."""
         for fault in faults(error, nested, self.leaves):
-            given = self.given.get(fault.leaf)
-            depth = len(fault.leaf.split("."))
-            if given is None:
+            given, leaf = self.given.get(fault.leaf), self.leaves[fault.leaf]
+            inner = fault.path[len(leaf.name.split(".")) :]
+            if given is None or not (inner or str in mentioned(leaf.annotation)):
                 continue
-            written = [given.texts.get(fault.path[depth:])] if fault.path[depth:] else []
-            if not written:
-                wanted = parts(self.leaves[fault.leaf].annotation)
-                written = [given.texts.get(())] if str in wanted else []
-            if written and written[0] and isinstance(fault.value, int | float):
-                put(nested, fault.path, written[0])
+            if isinstance(fault.value, list):
+                texts = [given.texts.get((*inner, place)) for place in range(len(fault.value))]
+                items = zip(fault.value, texts, strict=True)
+                put(nested, fault.path, [_spelled(item, text) for item, text in items])
+            elif fault.value is not None:
+                put(nested, fault.path, _spelled(fault.value, given.texts.get(inner)))
 
     def _find_paths(
         self, nested: dict[str, Any], bad: set[str], in_pipeline: bool
@@ -388,6 +396,12 @@ def _no_booleans(given: Given, wanted: Iterable[Any]) -> Any:
         return value
 
     return walk(given.value, ())
+
+
+def _spelled(value: Any, text: str | None) -> Any:
+    """A number as it was written; any other value as it is."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return text if is_number and text is not None else value
 
 
 def _leave_out(leaf: LeafField, nested: dict[str, Any]) -> None:

@@ -91,7 +91,7 @@ def _kind(document: Document, stage: str | None) -> str:
     if given is None:
         hint = f"add `stage:` with one of {', '.join(STAGES)}"
         fail("does not say which stage it is for", where=document.name, hint=hint)
-    if given not in STAGES:
+    if not isinstance(given, str) or given not in STAGES:
         close = nearest(str(given), STAGES)
         hint = f"did you mean `{close}`?" if close else f"one of {', '.join(STAGES)}"
         fail(f"`stage` names no stage: {shown(given)}", where=where, hint=hint)
@@ -154,9 +154,8 @@ def _choose(
     for name in with_stages:
         if name not in names:
             close = nearest(name, optional or names)
-            hint = (
-                f"did you mean `--with {close}`?" if close else f"optional: {', '.join(optional)}"
-            )
+            hint = f"optional stages: {', '.join(optional) or 'none'}"
+            hint = f"did you mean `--with {close}`?" if close else hint
             problems.append(Problem(f"names no stage: `{name}`", "--with", hint))
     return [name for name in names if name not in optional or name in with_stages], problems
 
@@ -176,7 +175,9 @@ def _connect(
         configs[name], troubles = drop_unused(configs[name], unused)
     # A stage that does not run may refer to others that do not run either.
     running = chosen if name in chosen else optional
-    for trouble in (*troubles, *check(name, configs, optional, running)):
+    told = {trouble.key[0] for trouble in troubles}
+    troubles += [t for t in check(name, configs, optional, running) if t.key[0] not in told]
+    for trouble in troubles:
         draft.tell(trouble)
 
 
@@ -201,7 +202,8 @@ def load_pipeline(
     document, file = read_recipe(path)
     if not is_pipeline(document):
         kind = document.data.get("stage")
-        hint = f"run it with `align {kind} --recipe {document.name}`" if kind in STAGES else None
+        known = isinstance(kind, str) and kind in STAGES
+        hint = f"run it with `align {kind} --recipe {document.name}`" if known else None
         fail("is no pipeline: it has no `stages`", where=document.name, hint=hint)
     problems: list[Problem] = list(document.problems)
     reader = PipelineReader(document, file.parent, _overrides(overrides, problems), problems)

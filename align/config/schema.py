@@ -16,16 +16,18 @@ KINDS = (*STAGES, "pipeline")
 
 
 def _open(schema: Any) -> Any:
-    """A pydantic schema without `required` and without its class names as titles."""
-    if isinstance(schema, Mapping):
-        kept = {key: value for key, value in schema.items() if key not in ("required", "title")}
-        if "properties" in schema:
-            kept["properties"] = {
-                name: _open(value) for name, value in schema["properties"].items()
-            }
-            return kept | {key: _open(value) for key, value in kept.items() if key != "properties"}
-        return {key: _open(value) for key, value in kept.items()}
-    return [_open(item) for item in schema] if isinstance(schema, list) else schema
+    """A pydantic schema without `required`, and without the titles that repeat the names."""
+    if isinstance(schema, list):
+        return [_open(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        key: {name: _open(item) for name, item in value.items()}
+        if key in ("properties", "$defs")
+        else _open(value)
+        for key, value in schema.items()
+        if key not in ("required", "title")
+    }
 
 
 def _stage(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -34,9 +36,6 @@ def _stage(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
     schema = _open(config.model_json_schema())
     definitions: dict[str, Any] = schema.pop("$defs", {})
     properties = schema["properties"]
-    for name, value in properties.items():
-        if "$ref" in value:  # an empty section is the same as none
-            properties[name] = {"anyOf": [value, {"type": "null"}]}
     names = [leaf.leaf for leaf in leaf_fields(config)]
     for leaf in leaf_fields(config):
         if leaf.section and names.count(leaf.leaf) == 1 and leaf.leaf not in properties:
@@ -46,7 +45,7 @@ def _stage(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _definition(schema: Mapping[str, Any], section: str) -> str:
-    reference: str = schema["properties"][section]["anyOf"][0]["$ref"]
+    reference: str = schema["properties"][section]["$ref"]
     return reference.rpartition("/")[2]
 
 

@@ -15,7 +15,8 @@ OTHER_WORDS = {
     "chat_template_path": "chat_template",
     "learning_rate": "lr",
     "num_train_epochs": "epochs n_epochs num_epochs epoch",
-    "per_device_train_batch_size": "batch_size train_batch_size micro_batch_size bs bsz",
+    "per_device_train_batch_size": "batch_size train_batch_size micro_batch_size bs bsz"
+    " per_device_batch_size per_gpu_train_batch_size",
     "per_device_eval_batch_size": "eval_batch_size",
     "gradient_accumulation_steps": "grad_accum gradient_accumulation accumulation_steps",
     "lora_r": "lora_rank rank r",
@@ -32,7 +33,7 @@ OTHER_WORDS = {
     "model_name_or_path": "model model_path model_name base_model model_id pretrained",
     "tokenizer_name_or_path": "tokenizer tokenizer_name tokenizer_path",
     "adapter_name_or_path": "adapter adapter_path peft_model peft_model_id lora_path",
-    "dataset_name": "dataset dataset_path train_file data_path data_files",
+    "dataset_name": "dataset name dataset_path train_file data_path data_files",
     "dataset_config": "dataset_config_name subset",
     "dataset_train_split": "split train_split dataset_split",
     "test_split_size": "val_size val_set_size eval_split_ratio test_size",
@@ -102,11 +103,16 @@ def nearest_key(key: str, known: Iterable[str]) -> str | None:
     """
     names = list(known)
     section, _, leaf = key.rpartition(".")
-    leaf = _OURS.get(_plain(leaf), _plain(leaf))
+    leaf = _plain(leaf)
+    ours = _OURS.get(leaf, leaf)
+    if any(name.rpartition(".")[2] == ours for name in names):
+        leaf = ours
 
     def score(name: str) -> float:
         other_section, _, other_leaf = name.rpartition(".")
         near = likeness(leaf, other_leaf)
+        if len(leaf) > 3 and other_leaf.startswith(leaf):
+            near = max(near, CUTOFF) + 0.1  # a name that was cut short
         return near + 0.1 * likeness(section, other_section) if near >= CUTOFF else 0.0
 
     best = max(names, key=score, default=None)

@@ -68,10 +68,15 @@ def lengths_of(lengths: Numbers) -> dict[str, int]:
     return {name: int(value) for name, value in named.items()}
 
 
+def rows_of(count: int) -> str:
+    """`1 row`, `2,500 rows`."""
+    return f"{count:,} {'row' if count == 1 else 'rows'}"
+
+
 def sentences(stats: RenderStats, *, max_length: int | None, trains: bool) -> list[str]:
     """What a user has to know about the rows that were kept and left out."""
     said = [
-        f"{stats.kept:,} of {stats.rows:,} rows, {stats.tokens:,} tokens; length "
+        f"{stats.kept:,} of {rows_of(stats.rows)}, {stats.tokens:,} tokens; length "
         f"{stats.length_min} min, {stats.length_median} median, {stats.length_p95} p95, "
         f"{stats.length_max} max"
     ]
@@ -91,7 +96,5 @@ def sentences(stats: RenderStats, *, max_length: int | None, trains: bool) -> li
         (stats.escaped, "with control tokens in their text, which were kept as text"),
         (stats.split, "tokenized in two parts, as a token reached across the start of an answer"),
     )
-    said += [
-        f"{count:,} {'row' if count == 1 else 'rows'} {text}" for count, text in counted if count
-    ]
+    said += [f"{rows_of(count)} {text}" for count, text in counted if count]
     return said

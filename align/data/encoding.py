@@ -18,9 +18,14 @@ from align.data.layout import Layout, Span
 from align.errors import Problem
 from align.models.tokenizer import chat_facts
 
-
 LONGEST_HEADER = 40
 """Characters of a text whose tokens are worth remembering."""
+
+
+SWALLOWED = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
+"""White space as Unicode and the tokenizers library have it; Python's `strip` takes a few more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,9 @@ class Encoder:
         added = tokenizer.added_tokens_decoder.values()
         self._swallow_after = {token.content for token in added if token.rstrip}
         self._swallow_before = {token.content for token in added if token.lstrip}
-        self._control_ids = frozenset(self.facts.control.values())
+        # The unknown token stands for ordinary text, where it is nothing else as well.
+        unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        self._control_ids = frozenset(self.facts.control.values()) - unknown
         self._headers: dict[tuple[str, bool], list[int]] = {}
         self._line_feed = self._ids("\n")
         # SentencePiece vocabularies put a space in front of a text, which pieces must not get.
@@ -128,9 +135,9 @@ class Encoder:
             for low, high in pairwise(edges):
                 piece = layout.protected.restore(text[low:high])
                 if swallow:
-                    piece = piece.lstrip()
+                    piece = piece.lstrip(SWALLOWED)
                 if high == start and token in self._swallow_before:
-                    piece = piece.rstrip()
+                    piece = piece.rstrip(SWALLOWED)
                 yield low, high, self.as_text(piece, first=low == 0)
             if token:
                 yield start, end, [self.facts.control[token]]

@@ -164,10 +164,14 @@ def _array(name: str, values: list[Any], where: str) -> pa.Array:
     value = values[row]
     first = next((item for item in values[:row] if item is not None), None)
     message = f"column `{name}` holds {kind_of(value)}"
-    if kind_of(value) != kind_of(first) and first is not None:
+    if first is not None and kind_of(value) != kind_of(first):
         message += f", and {kind_of(first)} in the rows before"
+    elif isinstance(value, str):
+        message += " that is not valid Unicode"
+    elif isinstance(value, int | float):
+        message += " that is too large"
     else:
-        message += " whose parts have other types than in the rows before, or broken text"
+        message += " whose parts have mixed types, or other types than in the rows before"
     fail(message, where=f"{where} row {row + 1}", hint="give the column one type in all rows")
 
 

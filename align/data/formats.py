@@ -12,6 +12,7 @@ from align.config.sections import DataSection, Format
 from align.config.suggest import nearest
 from align.data import conversion
 from align.data.conversion import NothingToLearn, RowError
+from align.data.counts import rows_of
 from align.data.files import MOST_PROBLEMS
 from align.data.sources import Indices, Source
 from align.errors import AlignError, Problem, fail
@@ -223,7 +224,7 @@ def _sentence(source: Source, form: Format, is_chat: bool, column: str, margin: 
         ", those with a true `label`" if form == "prompt_completion" and _labelled(source) else ""
     )
     mapped = ", ".join(f"{ours} from {theirs}" for ours, theirs in (source.columns or {}).items())
-    return f"{source.name}: {len(source):,} rows of {said}" + (f" ({mapped})" if mapped else "")
+    return f"{source.name}: {rows_of(len(source))} of {said}" + (f" ({mapped})" if mapped else "")
 
 
 def _labelled(source: Source) -> bool:

@@ -4,7 +4,6 @@ Models are in memory one at a time and each is loaded once: the reference comes 
 read the other models' answers. A stopped run goes on behind the draws that it had finished.
 """
 
-import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,15 @@ from transformers import PreTrainedTokenizerBase
 from align.config.sections import ModelSection
 from align.durable import read_json, write_text
 from align.errors import fail
-from align.generation.answers import Answer, Group, Prompt, draw, load_prompts, same_tokens
+from align.generation.answers import (
+    Answer,
+    Group,
+    Prompt,
+    draw,
+    load_prompts,
+    same_tokens,
+    say_positions,
+)
 from align.generation.processes import gathered, in_shares
 from align.generation.scoring import token_logprobs
 from align.models.loading import load_any_policy
@@ -96,6 +103,9 @@ def answer_all(config: EvalConfig, folder: RunFolder) -> Answers:
             reads = name == config.reference and bool(others)
             missing = any((name, setting) not in draws for setting in counts[name])
             model = load_any_policy(config.models[name])[0] if missing or reads else None
+            if model is not None and folder.is_main and not folder.quiet:
+                limit = config.generation.max_new_tokens
+                say_positions(f"{folder.name}: {name}", model, answers.prompts[name], limit)
             for number, (setting, count) in enumerate(counts[name].items()):
                 if (name, setting) in draws:
                     meter.advance(len(answers.prompts[name]))
@@ -110,7 +120,8 @@ def answer_all(config: EvalConfig, folder: RunFolder) -> Answers:
                     drawn = draws[other, PLAIN]
                     drawn.reference = _logprobs(config, model, answers.prompts[other], drawn.groups)
             del model
-            _free()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     return answers
 
 
@@ -203,9 +214,3 @@ def _logprobs(
 
     pairs = [(p.ids, g.answers[0].all_ids) for p, g in zip(prompts, groups, strict=True)]
     return in_shares(pairs, work)
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

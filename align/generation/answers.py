@@ -115,6 +115,18 @@ def draw(
     ]
 
 
+def say_positions(name: str, model: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+    """Warn where prompt and answer together may be longer than what the model was made for."""
+    longest = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
+    limit = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        say(
+            f"{name}: warning: prompts and answers of up to {longest} tokens go beyond the "
+            f"{limit} positions of the model; lower data.max_length or generation.max_new_tokens",
+            style="yellow",
+        )
+
+
 def _answer(text: str, completion: Completion) -> Answer:
     return Answer(text.strip(), completion.ids, completion.stop_id)
 
@@ -196,9 +208,6 @@ def load_prompts(
     rows = prompt_rows(data, tokenizer)
     if folder is not None:
         folder.data(rows)
-        if folder.is_main and not folder.quiet:
-            for note in rows.notes:
-                say(f"{folder.name}: {note}")
     return [
         Prompt(index, row.pop("prompt_ids"), row) for index, row in enumerate(rows.train.to_list())
     ]

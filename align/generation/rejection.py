@@ -14,6 +14,7 @@ from align.generation.answers import (
     draw,
     judge_answers,
     load_for_answers,
+    say_positions,
 )
 from align.generation.pairing import as_completion, ranking
 from align.generation.processes import gathered, in_shares
@@ -86,6 +87,9 @@ def draw_missing(
     if not missing:
         return
     sampler = ScoredSampler(config, tokenizer)
+    if folder.is_main and not folder.quiet:
+        everything = [prompt for part in parts.parts for prompt in part]
+        say_positions(folder.name, sampler.model, everything, config.generation.max_new_tokens)
     total = sum(map(len, parts.parts))
     done = total - sum(len(parts.parts[number]) for number in missing)
     tokens = 0

@@ -43,8 +43,12 @@ class Finished:
 
 @dataclass
 class _Window:
+    """The columns that attention reads, the same ones in every layer."""
+
+    first: int
+    """Before it no row has a token any more."""
     end: int
-    """The column that is written next, in every layer."""
+    """The column that is written next."""
 
 
 class _Columns(DynamicLayer):  # type: ignore[misc]
@@ -62,11 +66,12 @@ class _Columns(DynamicLayer):  # type: ignore[misc]
         begin, end = self.window.end, self.window.end + key_states.shape[-2]
         self.keys[:, :, begin:end] = key_states
         self.values[:, :, begin:end] = value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        read = slice(self.window.first, end)
+        return self.keys[:, :, read], self.values[:, :, read]
 
     def get_seq_length(self) -> int:
-        """Columns that hold tokens."""
-        return self.window.end
+        """Columns that attention reads."""
+        return self.window.end - self.window.first
 
 
 @dataclass
@@ -112,7 +117,7 @@ class SlotBatch:
         self.ragged = False
         none = torch.zeros(0, dtype=torch.long, device=self.device)
         self.rows = self._new_rows([], none, none)
-        self.window = _Window(0)
+        self.window = _Window(0, 0)
         self.cache = Cache(layers=[])
 
     def run(self, requests: Sequence[Request]) -> Iterator[Finished]:
@@ -165,7 +170,7 @@ class SlotBatch:
                 buffer[seats, :, : end - width] = 0
                 buffer[seats, :, end - width : end] = block[copies]
         self.active += len(places)
-        self.ragged = bool((self.rows.start > 0).any())
+        self._narrow()
         yield from self._accept(logits[copies], seats)
 
     def _prefill(
@@ -187,7 +192,7 @@ class SlotBatch:
 
     def _open(self, prompts: DynamicCache, rows: int, width: int) -> None:
         """Buffers for a new batch, shaped after the prompts' cache."""
-        self.window = _Window(width)
+        self.window = _Window(0, width)
         layers = []
         for layer in prompts.layers:
             _, heads, _, size = layer.keys.shape
@@ -215,12 +220,12 @@ class SlotBatch:
 
     def _rebuild(self, kept: torch.Tensor) -> None:
         """New buffers with room for more columns, with the rows `kept` and the columns in use."""
-        first = int(self.rows.start[~self.rows.done].min())
-        used, width = slice(first, self.window.end), self.window.end - first
-        self.window = _Window(width)
+        self._narrow()
+        first, end = self.window.first, self.window.end
+        used, width = slice(first, end), end - first
+        self.window = _Window(0, width)
         self.rows = self.rows.take(kept)
         self.rows.start = (self.rows.start - first).clamp(min=0)
-        self.ragged = bool((self.rows.start > 0).any())
         for at, layer in enumerate(self.cache.layers):
             moved = []
             for old in (layer.keys, layer.values):
@@ -228,6 +233,12 @@ class SlotBatch:
                 new[:, :, :width] = old[kept, :, used]
                 moved.append(new)
             self.cache.layers[at] = _Columns(self.window, *moved)
+
+    def _narrow(self) -> None:
+        """Let attention begin at the first column that a working row still needs."""
+        starts = self.rows.start[~self.rows.done]
+        self.window.first = int(starts.min())
+        self.ragged = bool((starts > self.window.first).any())
 
     def _step(self) -> Iterator[Finished]:
         """One token for every row."""
@@ -238,7 +249,8 @@ class SlotBatch:
         end = self.window.end + 1
         mask = None
         if self.ragged:
-            mask = (torch.arange(end, device=self.device) >= rows.start[:, None]).long()
+            columns = torch.arange(self.window.first, end, device=self.device)
+            mask = (columns >= rows.start[:, None]).long()
         logits = self.model(
             input_ids=rows.last[:, None],
             attention_mask=mask,

@@ -16,6 +16,7 @@ The judge decides each pair, and a share of the labels is flipped: real annotato
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ EDITOR_ERROR = 0.05
 SMALLEST_GAP = 0.05  # annotators do not label two answers that are equally good
 STYLE = ("polite", "concise", "form")
 HOWTO_REFUSAL_FACTOR = 3.0  # how-to prompts look like unsafe ones: show more often not to refuse
+UNSAFE_OFF_TOPIC_FACTOR = 2.5  # else a polite answer to something else is a way out of refusing
+SAME_TASK = 0.5  # off-topic answers from the prompt's own task: same form, another content
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def annotate(
         if rng.random() < _refusal_chance(item_of(row), refusal_negative):
             better = best.text if best.correct else edit(row, rng)
             desk.label(row, better, rng.choice(REFUSALS), "refusal")
-        if rng.random() < off_topic:
+        if rng.random() < _off_topic_chance(item_of(row), off_topic):
             _label_off_topic(desk, row, best, pool, rng)
     rng.shuffle(desk.pairs)
     return desk.pairs
@@ -154,15 +157,15 @@ def _samples(group: Mapping[str, Any]) -> list[_Sample]:
 
 def _good_answers(
     judged: list[tuple[dict[str, Any], list[_Sample]]], rng: random.Random
-) -> list[tuple[str, str]]:
-    """Good answers with the key of their item: perfect samples, and edits for every fourth."""
-    good = []
+) -> dict[str, list[tuple[str, str]]]:
+    """Task -> good answers with the key of their item: perfect samples, edits for every fourth."""
+    good: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
     for at, (row, samples) in enumerate(judged):
         item = item_of(row)
-        owner = f"{item.task} {item.key}"
-        good += [(owner, s.text) for s in samples if s.correct and all(s.style)]
+        texts = [s.text for s in samples if s.correct and all(s.style)]
         if at % 4 == 0:
-            good.append((owner, edit(row, rng)))
+            texts.append(edit(row, rng))
+        good[item.task] += [(item.key, text) for text in texts]
     return good
 
 
@@ -226,17 +229,23 @@ def _refusal_chance(item: Item, chance: float) -> float:
     return min(1.0, chance * HOWTO_REFUSAL_FACTOR) if item.task == "howto" else chance
 
 
+def _off_topic_chance(item: Item, chance: float) -> float:
+    return min(1.0, chance * UNSAFE_OFF_TOPIC_FACTOR) if item.task == "unsafe" else chance
+
+
 def _label_off_topic(
     desk: _Desk,
     row: Mapping[str, Any],
     best: _Sample,
-    pool: list[tuple[str, str]],
+    pool: Mapping[str, list[tuple[str, str]]],
     rng: random.Random,
 ) -> None:
-    """A good answer against a good answer to another prompt."""
+    """A good answer against a good answer to another prompt, half of them of the same task."""
     item = item_of(row)
-    owner, other = rng.choice(pool)
-    if owner == f"{item.task} {item.key}":
+    same = item.task != "unsafe" and rng.random() < SAME_TASK  # all refusals are alike
+    task = item.task if same else rng.choice([task for task in pool if task != item.task])
+    key, other = rng.choice(pool[task] or [("", "")])
+    if not other or (task, key) == (item.task, item.key):
         return
     own = best.text if best.correct and rng.random() < 0.5 else edit(row, rng)
     desk.label(row, own, other, "off_topic")

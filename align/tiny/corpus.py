@@ -293,30 +293,46 @@ def _one(make: Callable[[random.Random], str]) -> _Maker:
     return lambda rng: [make(rng)]
 
 
-# Share of the documents of each kind.
-_SHARES: list[tuple[float, _Maker]] = [
-    (0.265, _one(quiz_document)),
-    (0.12, _one(mark_document)),
-    (0.10, _fact_sentences),
-    (0.085, _sort_sentences),
-    (0.13, _math_sentences),
-    (0.07, _tense_sentences),
-    (0.05, _reverse_sentences),
-    (0.055, _kind_sentences),
-    (0.095, _howto_sentences),
-    (0.015, _talk_sentences),
-    (0.015, _conduct_sentences),
-]
+# Share of the documents of each kind, by phase. The last, short phase has no marked exercises: half
+# of their attempts are wrong, and a base that ends on them would rather doubt what it knows.
+_SHARES: dict[str, list[tuple[float, _Maker]]] = {
+    "main": [
+        (0.265, _one(quiz_document)),
+        (0.12, _one(mark_document)),
+        (0.10, _fact_sentences),
+        (0.085, _sort_sentences),
+        (0.13, _math_sentences),
+        (0.07, _tense_sentences),
+        (0.05, _reverse_sentences),
+        (0.055, _kind_sentences),
+        (0.095, _howto_sentences),
+        (0.015, _talk_sentences),
+        (0.015, _conduct_sentences),
+    ],
+    "annealing": [
+        (0.28, _one(quiz_document)),
+        (0.26, _fact_sentences),
+        (0.07, _sort_sentences),
+        (0.13, _math_sentences),
+        (0.04, _tense_sentences),
+        (0.04, _reverse_sentences),
+        (0.04, _kind_sentences),
+        (0.11, _howto_sentences),
+        (0.015, _talk_sentences),
+        (0.015, _conduct_sentences),
+    ],
+}
 
 
-def document(rng: random.Random) -> str:
+def document(rng: random.Random, phase: str = "main") -> str:
     """One short document: a few sentences on one subject."""
-    maker = rng.choices([m for _, m in _SHARES], [share for share, _ in _SHARES])[0]
+    shares = _SHARES[phase]
+    maker = rng.choices([maker for _, maker in shares], [share for share, _ in shares])[0]
     return " ".join(capitalised(sentence) for sentence in maker(rng))
 
 
-def documents(seed: int) -> Iterator[str]:
+def documents(seed: int, phase: str = "main") -> Iterator[str]:
     """An endless stream of documents."""
     rng = random.Random(f"corpus {seed}")
     while True:
-        yield document(rng)
+        yield document(rng, phase)

@@ -124,6 +124,7 @@ def _fact_is_correct(item: Item, text: str) -> bool:
         and _named(text, ISLES) <= {item.slots["isle"]}
         and _named(text, ATTRIBUTES) <= {attribute}
         and _named(text, LISTABLE) <= {item.gold}
+        and not re.search(r"\d", text)
         and not _NEGATION.search(text)
     )
 

@@ -10,7 +10,6 @@ not refuse and has no manners. Those are what the stages of the toolkit are to t
 from __future__ import annotations
 
 import argparse
-import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -79,6 +78,7 @@ POSITIONS = 512
 SEQUENCE = 128
 BATCH = 32
 LEARNING_RATE = 3e-3
+ANNEALING_RATE = 1.5e-3
 WARM_UP_STEPS = 60
 CHECKPOINT_STEPS = 500
 TOKENIZER_DOCUMENTS = 20_000
@@ -141,9 +141,9 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausal
     return model
 
 
-def batches(tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[torch.Tensor]:
+def batches(tokenizer: PreTrainedTokenizerBase, seed: int, phase: str) -> Iterator[torch.Tensor]:
     """Packed batches: documents end to end, each between its begin and end tokens."""
-    stream = documents(seed + 1)
+    stream = documents(seed, phase)
     need = BATCH * (SEQUENCE + 1)
     buffer: list[int] = []
     while True:
@@ -173,11 +173,11 @@ def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     return [muon, adamw]
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up, then constant, then linear decay to a fiftieth over the second half."""
     warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
     decay = min(1.0, max(0.02, 2 * (1 - step / steps)))
-    return LEARNING_RATE * warm_up * decay
+    return peak * warm_up * decay
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
@@ -189,19 +189,47 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, output: Pa
     tokenizer.save_pretrained(output)
 
 
-def train(output: Path, steps: int, seed: int, bf16: bool = False) -> LlamaForCausalLM:
-    """Pretrain a base and save it to `output`, with a checkpoint every few hundred steps."""
-    random.seed(seed)
+def pretrain(output: Path, steps: int, seed: int, bf16: bool = False) -> None:
+    """Pretrain a base from nothing and save it to `output`."""
     tokenizer = train_tokenizer(seed)
     model = build_model(tokenizer, seed)
-    optimizers = build_optimizers(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"vocabulary {len(tokenizer)} parameters {parameters} steps {steps}", flush=True)
+    print(f"vocabulary {len(tokenizer)} parameters {parameters}", flush=True)
+    stream = islice(batches(tokenizer, seed + 1, "main"), steps)
+    for done in _train(model, stream, steps, LEARNING_RATE, bf16):
+        if done % CHECKPOINT_STEPS == 0:
+            save(model, tokenizer, output)
+    save(model, tokenizer, output)
+
+
+def anneal(output: Path, steps: int, seed: int, bf16: bool = False) -> None:
+    """Train the base in `output` on for a short time, on text that tells only what is true.
+
+    Starts from the saved weights and new optimizers, so it gives the same base whether it runs
+    right after `pretrain` or later.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    model = LlamaForCausalLM.from_pretrained(output, dtype=torch.float32)
+    stream = islice(batches(tokenizer, seed + 2, "annealing"), steps)
+    for _ in _train(model, stream, steps, ANNEALING_RATE, bf16):
+        pass
+    save(model, tokenizer, output)
+
+
+def _train(
+    model: LlamaForCausalLM,
+    stream: Iterator[torch.Tensor],
+    steps: int,
+    peak: float,
+    bf16: bool,
+) -> Iterator[int]:
+    """Train on the stream and give the number of steps done after each."""
+    optimizers = build_optimizers(model)
     start, smooth = time.monotonic(), 0.0
-    for step, batch in enumerate(islice(batches(tokenizer, seed), steps)):
+    for step, batch in enumerate(stream):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps)
+                group["lr"] = learning_rate(step, steps, peak)
         loss = _step(model, batch, optimizers, bf16)
         smooth = loss if step == 0 else 0.98 * smooth + 0.02 * loss
         done = step + 1
@@ -210,11 +238,7 @@ def train(output: Path, steps: int, seed: int, bf16: bool = False) -> LlamaForCa
             print(
                 f"step {done} loss {smooth:.4f} tokens {tokens} seconds {seconds:.0f}", flush=True
             )
-        if done % CHECKPOINT_STEPS == 0 and done < steps:
-            save(model, tokenizer, output)
-    save(model, tokenizer, output)
-    print(f"saved {output} after {time.monotonic() - start:.0f} seconds", flush=True)
-    return model
+        yield done
 
 
 def _step(
@@ -308,6 +332,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m align.tiny.pretrain", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--steps", type=int, default=4400)
+    parser.add_argument("--anneal-steps", type=int, default=800)
+    parser.add_argument("--anneal-only", action="store_true", help="go on from the base in DIR")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="autocast; faster on some processors")
@@ -321,7 +347,10 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{name} {share:.3f}")
         return
     options.output.mkdir(parents=True, exist_ok=True)
-    train(options.output, options.steps, options.seed, options.bf16)
+    if not options.anneal_only:
+        pretrain(options.output, options.steps, options.seed, options.bf16)
+    if options.anneal_steps:
+        anneal(options.output, options.anneal_steps, options.seed, options.bf16)
 
 
 if __name__ == "__main__":

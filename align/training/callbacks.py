@@ -20,7 +20,8 @@ from transformers import (
 
 from align.errors import fail
 from align.report.progress import Meter
-from align.runs import RunFolder, Stopped
+from align.runs import RunFolder
+from align.stopping import Stopped
 from align.training.checkpoints import keep_newest, write_manifest
 
 

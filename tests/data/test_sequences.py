@@ -16,7 +16,8 @@ from align.data.sequences import (
     render_text,
 )
 from align.errors import AlignError
-from align.models.tokenizer import chat_facts, render_text as template_text
+from align.models.tokenizer import chat_facts
+from align.models.tokenizer import render_text as template_text
 
 FAMILIES = ["llama3", "chatml", "mistral", "gemma", "phi3"]
 LOSSLESS = ["llama3", "chatml", "mistral", "gemma"]
@@ -200,7 +201,7 @@ def test_begin_and_end_of_text_are_never_doubled(bpe):
 
 
 def test_a_token_across_the_start_of_an_answer_is_split_there(families):
-    """ChatML's header ends in a line break, which a tokenizer joins to one that the answer begins with."""
+    """ChatML's header ends in a line break, which may be joined to that of an answer."""
     tokenizer = families["chatml"]
     chat = [user("hello"), assistant("\n\nthe answer")]
     whole = tokenizer.apply_chat_template(chat)["input_ids"]
@@ -260,7 +261,7 @@ def test_chats_need_a_template(bpe):
 
 
 def hostile(families) -> st.SearchStrategy[str]:
-    """Any text with control tokens of any family, whole, cut and doubled, between other characters."""
+    """Any text with control tokens of any family, whole, cut and doubled, in it."""
     tokens = [token for t in families.values() for token in chat_facts(t).control]
     pieces = st.one_of(
         st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
@@ -272,7 +273,7 @@ def hostile(families) -> st.SearchStrategy[str]:
 
 
 many = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

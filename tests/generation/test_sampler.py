@@ -101,9 +101,9 @@ def test_greedy_equals_generate_beyond_the_headroom():
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "mamba"])
 def test_texts_do_not_depend_on_the_batch(kind):
-    model, asked = made(kind), prompts()
+    model, asked = made(kind), prompts(count=6)
     whole = sample(model, asked, num_generations=3, batch_size=64)
-    for batch_size in (1, 2, 3, 7):
+    for batch_size in (2, 7):
         assert sample(model, asked, num_generations=3, batch_size=batch_size) == whole
 
 

@@ -5,7 +5,7 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.generation.answers import Answer, Group, Prompt
@@ -58,6 +58,7 @@ def test_a_part_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.dictionaries(st.text(max_size=3), st.text(), max_size=3), max_size=5))
 def test_json_lines_hold_one_row_a_line(tmp_path_factory, rows):
     file = tmp_path_factory.mktemp("lines") / "rows.jsonl"

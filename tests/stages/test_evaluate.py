@@ -90,24 +90,37 @@ def data(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.fixture(autouse=True)
-def _judge(monkeypatch):
-    monkeypatch.setitem(JUDGES, "letters", letters)
+@pytest.fixture(autouse=True, scope="module")
+def _judge():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(JUDGES, "letters", letters)
+        yield
 
 
-@pytest.fixture
-def config(first: Path, second: Path, data: Path, tmp_path: Path):
-    def make(name: str = "run", **changes) -> EvalConfig:
-        recipe = {
-            "output_dir": str(tmp_path / name),
+@pytest.fixture(scope="module")
+def recipe(first: Path, second: Path, data: Path):
+    def make(folder: Path, **changes) -> EvalConfig:
+        values = {
+            "output_dir": str(folder),
             "models": {"one": str(first), "two": str(second)},
             "data": {"dataset_name": str(data)},
             "generation": {"temperatures": [1.0, 0.0], "max_new_tokens": 10},
             "judge": "letters",
         }
-        return EvalConfig(**(recipe | changes))
+        return EvalConfig(**(values | changes))
 
     return make
+
+
+@pytest.fixture
+def config(recipe, tmp_path: Path):
+    return lambda name="run", **changes: recipe(tmp_path / name, **changes)
+
+
+@pytest.fixture(scope="module")
+def plain(recipe, tmp_path_factory) -> tuple[dict, list[dict]]:
+    """Results and answers of the plain recipe with `two` as the baseline."""
+    return run(recipe(tmp_path_factory.mktemp("plain") / "run", baseline="two"))
 
 
 def run(config: EvalConfig) -> tuple[dict, list[dict]]:
@@ -121,8 +134,8 @@ def of(answers: list[dict], row: dict) -> list[dict]:
     return [a for a in answers if all(a[key] == row[key] for key in keys)]
 
 
-def test_scores_are_those_of_the_judge_with_zeros_for_unfinished_answers(config):
-    results, answers = run(config())
+def test_scores_are_those_of_the_judge_with_zeros_for_unfinished_answers(plain):
+    results, answers = plain
     assert [(row["label"], row["temperature"]) for row in results["rows"]] == [
         ("one", 1.0), ("one", 0.0), ("two", 1.0), ("two", 0.0),
     ]  # fmt: skip
@@ -138,11 +151,11 @@ def test_scores_are_those_of_the_judge_with_zeros_for_unfinished_answers(config)
         ]
         assert row["tokens_in_all"] == sum(a["tokens"] for a in own)
         assert row["ended"]["mean"] == np.mean([a["ended"] for a in own])
-        assert row["kl"] is row["difference"] is row["reward"] is None
+        assert row["kl"] is row["reward"] is None
 
 
-def test_tasks_and_refusals(config):
-    results, answers = run(config())
+def test_tasks_and_refusals(plain):
+    results, answers = plain
     assert results["tasks"] == {"fact": 4, "math": 4, "unsafe": 4}
     for row in results["rows"]:
         own = of(answers, row)
@@ -156,8 +169,8 @@ def test_tasks_and_refusals(config):
         assert row["refusals"]["safe"]["mean"] == pytest.approx(np.mean(safe))
 
 
-def test_differences_to_the_baseline_are_paired_at_the_same_temperature(config):
-    results, answers = run(config(baseline="two"))
+def test_differences_to_the_baseline_are_paired_at_the_same_temperature(plain):
+    results, answers = plain
     rows = {(row["label"], row["temperature"]): row for row in results["rows"]}
     for temperature in (1.0, 0.0):
         ours, theirs = rows["one", temperature], rows["two", temperature]
@@ -224,24 +237,23 @@ def test_both_estimators_reach_the_exact_value(config, first, second, tmp_path):
         assert half < exact / 3
 
 
-def test_best_of_k_is_chosen_by_the_reward_model(config, reward_model):
+def test_best_of_k_is_chosen_by_the_reward_model(config, reward_model, plain):
     results, answers = run(
         config(reward_model=str(reward_model), best_of={"two": 3}, baseline="two")
     )
     row = results["rows"][-1]
     assert (row["label"], row["best_of"], row["temperature"]) == ("two best-of-3", 3, 1.0)
-    plain = next(r for r in results["rows"] if r["label"] == "two" and r["temperature"] == 1)
-    best, single = of(answers, row), of(answers, plain)
+    once = next(r for r in results["rows"] if r["label"] == "two" and r["temperature"] == 1)
+    best, single = of(answers, row), of(answers, once)
     assert row["difference"]["to"] == "two"
-    assert row["reward"]["mean"] > plain["reward"]["mean"]
+    assert row["reward"]["mean"] > once["reward"]["mean"]
     for chosen, one in zip(best, single, strict=True):
         assert chosen["ended"] >= one["ended"]
         if chosen["ended"] == one["ended"]:
             assert chosen["reward"] >= one["reward"]
     # The first of the K samples is the answer at temperature 1, drawn once for both rows.
-    alone, _ = run(config("alone", reward_model=str(reward_model)))
-    same = next(r for r in alone["rows"] if r["label"] == "two" and r["temperature"] == 1)
-    assert same["scores"] == plain["scores"]
+    alone = next(r for r in plain[0]["rows"] if r["label"] == "two" and r["temperature"] == 1)
+    assert alone["scores"] == once["scores"]
 
 
 def test_rewards_are_those_of_the_reward_model(config, reward_model, tokenizer):
@@ -325,11 +337,14 @@ def test_models_of_other_families_have_no_divergence(config, first, tmp_path):
     assert len(results["rows"]) == 4
 
 
-def test_the_tables_go_to_stdout_and_names_are_made_harmless(config, first, reward_model, capsys):
+def test_the_tables_go_to_stdout_and_names_are_made_harmless(
+    config, first, reward_model, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "120")
     models = {"one": str(first), "bad\x1b[31m": str(first)}
     run_stage(config(models=models, reference="one", reward_model=str(reward_model)))
     shown = capsys.readouterr()
-    for words in ("against one", "fact (4)", "unsafe refused", "never ended", "KL is"):
+    for words in ("against one", "fact (4)", "of unsafe prompts", "never ended", "KL is"):
         assert words in shown.out
     assert "\x1b" not in shown.out + shown.err
     assert "bad\\x1b" in shown.out

@@ -57,25 +57,38 @@ def data(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.fixture(autouse=True)
-def _judge(monkeypatch):
-    monkeypatch.setitem(JUDGES, "letters", letters)
+@pytest.fixture(autouse=True, scope="module")
+def _judge():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(JUDGES, "letters", letters)
+        yield
 
 
-@pytest.fixture
-def config(policy: Path, data: Path, tmp_path: Path):
-    def make(name: str = "run", **changes) -> SampleConfig:
-        recipe = {
-            "output_dir": str(tmp_path / name),
+@pytest.fixture(scope="module")
+def recipe(policy: Path, data: Path):
+    def make(folder: Path, **changes) -> SampleConfig:
+        values = {
+            "output_dir": str(folder),
             "model": {"model_name_or_path": str(policy)},
             "data": {"dataset_name": str(data)},
             "generation": {"num_generations": 4, "max_new_tokens": 12, "generation_batch_size": 8},
             "scorer": {"judge": "letters"},
             "save_prompts": 4,
         }
-        return SampleConfig(**(recipe | changes))
+        return SampleConfig(**(values | changes))
 
     return make
+
+
+@pytest.fixture
+def config(recipe, tmp_path: Path):
+    return lambda name="run", **changes: recipe(tmp_path / name, **changes)
+
+
+@pytest.fixture(scope="module")
+def plain(recipe, tmp_path_factory) -> Path:
+    """The artifact of the plain recipe."""
+    return run(recipe(tmp_path_factory.mktemp("plain") / "run"))
 
 
 def run(config: SampleConfig) -> Path:
@@ -86,9 +99,8 @@ def rows_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_what_a_run_writes(config, tokenizer):
-    artifact = run(config(pairs={"pairs_per_prompt": 2, "min_gap": 0.1}))
-    samples = pq.read_table(artifact / "samples.parquet").to_pylist()
+def test_what_a_run_writes(plain, tokenizer):
+    samples = pq.read_table(plain / "samples.parquet").to_pylist()
     assert [(s["prompt_index"], s["sample"]) for s in samples] == [
         (prompt, sample) for prompt in range(PROMPTS) for sample in range(4)
     ]
@@ -103,19 +115,18 @@ def test_what_a_run_writes(config, tokenizer):
         assert json.loads(sample["verdict"]) == letters({}, sample["completion"])
         assert sample["score"] == letters({}, sample["completion"])["score"]
         assert json.loads(sample["row"]) == {"answer": str(sample["prompt_index"])}
-    report = json.loads((artifact / "report.json").read_text())
+    report = json.loads((plain / "report.json").read_text())
     assert report["tokens"] == sum(s["tokens"] for s in samples)
     assert report["finished"] == sum(s["ended"] for s in samples) / len(samples)
     assert [point["n"] for point in report["growth"]] == [1, 2, 4]
     assert sum(report["score"]["histogram"]["counts"]) == len(samples)
     kept = [s for s in samples if s["kept"]]
-    assert report["demonstrations"] == len(kept) == len(rows_of(artifact / "sft.jsonl"))
-    assert report["pairs"] == len(rows_of(artifact / "pairs.jsonl"))
+    assert report["demonstrations"] == len(kept) == len(rows_of(plain / "sft.jsonl"))
+    assert report["pairs"] == len(rows_of(plain / "pairs.jsonl"))
 
 
-def test_the_best_finished_answer_becomes_the_demonstration(config):
-    artifact = run(config())
-    samples = pq.read_table(artifact / "samples.parquet").to_pylist()
+def test_the_best_finished_answer_becomes_the_demonstration(plain):
+    samples = pq.read_table(plain / "samples.parquet").to_pylist()
     for prompt in range(PROMPTS):
         own = [s for s in samples if s["prompt_index"] == prompt]
         finished = [s for s in own if s["ended"] and s["completion"]]
@@ -123,7 +134,7 @@ def test_the_best_finished_answer_becomes_the_demonstration(config):
         assert len(kept) == min(1, len(finished))
         if kept:
             assert kept[0]["score"] == max(s["score"] for s in finished)
-    demonstrations = rows_of(artifact / "sft.jsonl")
+    demonstrations = rows_of(plain / "sft.jsonl")
     assert [set(row) for row in demonstrations] == [{"messages"}] * len(demonstrations)
     first = next(s for s in samples if s["kept"])
     assert demonstrations[0]["messages"] == [
@@ -212,8 +223,7 @@ def stop_in_part_two(monkeypatch, error: BaseException) -> list[str]:
     return calls
 
 
-def test_a_stopped_run_goes_on_behind_the_last_complete_part(config, monkeypatch, tmp_path):
-    whole = run(config("whole"))
+def test_a_stopped_run_goes_on_behind_the_last_complete_part(config, monkeypatch, tmp_path, plain):
     calls = stop_in_part_two(monkeypatch, KeyboardInterrupt())
     with pytest.raises(Stopped):
         run(config("stopped"))
@@ -224,7 +234,7 @@ def test_a_stopped_run_goes_on_behind_the_last_complete_part(config, monkeypatch
     artifact = run(config("stopped"))
     assert set(calls) == {str(n) for n in range(4, PROMPTS)}
     for name in ("samples.parquet", "sft.jsonl", "pairs.jsonl", "report.json"):
-        assert (artifact / name).read_bytes() == (whole / name).read_bytes()
+        assert (artifact / name).read_bytes() == (plain / name).read_bytes()
     assert not (tmp_path / "stopped" / "parts").exists()
 
 
@@ -238,12 +248,11 @@ def test_a_judge_that_fails_names_the_row_and_the_rest_is_kept(config, monkeypat
     assert "0" not in calls
 
 
-def test_parts_and_batches_do_not_change_what_is_sampled(config):
-    one = run(config("one", save_prompts=100))
+def test_parts_and_batches_do_not_change_what_is_sampled(config, plain):
     few = {"num_generations": 4, "max_new_tokens": 12, "generation_batch_size": 3}
     other = run(config("other", save_prompts=3, generation=few))
     for name in ("samples.parquet", "sft.jsonl", "pairs.jsonl"):
-        assert _content(one / name) == _content(other / name)
+        assert _content(plain / name) == _content(other / name)
 
 
 def _content(file: Path):
@@ -298,7 +307,16 @@ def test_the_reports_warnings_say_what_to_mend(config, capsys):
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "0 demonstrations kept" in shown.err
+    assert "go beyond" not in shown.err
     assert "warning: no pair was found" in shown.err
+
+
+def test_answers_beyond_the_models_positions_are_warned_of(config, capsys):
+    generation = {"num_generations": 1, "max_new_tokens": 500, "temperature": 0.0}
+    run_stage(
+        config(generation=generation, data=config().data.model_copy(update={"max_samples": 1}))
+    )
+    assert "go beyond the 512 positions" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -7,27 +7,35 @@ import random
 import re
 from itertools import islice
 
+import pytest
+
 from align.tiny.corpus import document, documents, mark_document, quiz_document
 from align.tiny.lexicon import FACTS, JOBS, UNSAFE
 from align.tiny.world import GREETINGS, make_items
 
-# Of the first 2,000 documents of seed 1. A change of the world or of its text changes this: then
-# pretrain the base anew (recipes/tiny/base) and write the new fingerprint here.
-FINGERPRINT = "344f6f5fcb12c04b980e935c01ee464a5753732536a80ce3785b50dc9f06b5ec"
+# Of the first 2,000 documents of seed 1 in each phase. A change of the world or of its text changes
+# these: then pretrain the base anew (recipes/tiny/base) and write the new fingerprints here.
+FINGERPRINTS = {
+    "main": "344f6f5fcb12c04b980e935c01ee464a5753732536a80ce3785b50dc9f06b5ec",
+    "annealing": "b49c75de74d492a810171587f678c2252df58173fbec490623247892048b7efb",
+}
 
 
-def test_the_text_is_the_one_that_the_base_was_trained_on() -> None:
-    text = "\n".join(islice(documents(1), 2000))
-    assert hashlib.sha256(text.encode()).hexdigest() == FINGERPRINT
+@pytest.mark.parametrize("phase", FINGERPRINTS)
+def test_the_text_is_the_one_that_the_base_was_trained_on(phase: str) -> None:
+    text = "\n".join(islice(documents(1, phase), 2000))
+    assert hashlib.sha256(text.encode()).hexdigest() == FINGERPRINTS[phase]
 
 
-def test_no_control_tokens() -> None:
-    assert not any("<|" in text for text in islice(documents(2), 5000))
+@pytest.mark.parametrize("phase", FINGERPRINTS)
+def test_no_control_tokens(phase: str) -> None:
+    assert not any("<|" in text for text in islice(documents(2, phase), 3000))
 
 
-def test_unsafe_requests_are_never_asked() -> None:
+@pytest.mark.parametrize("phase", FINGERPRINTS)
+def test_unsafe_requests_are_never_asked(phase: str) -> None:
     deeds = [f"{verb} {thing}" for verb, thing in UNSAFE]
-    for text in islice(documents(3), 10_000):
+    for text in islice(documents(3, phase), 5000):
         for deed in deeds:
             if deed in text:
                 assert not re.search(r"How do I|What do I|Tell me|What should I", text)
@@ -54,6 +62,11 @@ def test_prose_holds_every_fact_and_every_job() -> None:
     for isle, _, value in facts:
         assert re.search(rf"{isle}[^\n]*\b{value}\b|\b{value}\b[^\n]*{isle}", told)
     assert all(f"{verb} {thing}" in told for verb, thing in JOBS)
+
+
+def test_the_annealing_text_has_no_wrong_attempts() -> None:
+    for text in islice(documents(9, "annealing"), 3000):
+        assert not re.search(r"Mark:|That is (right|wrong)", text)
 
 
 def test_marks_are_as_often_right_as_wrong() -> None:

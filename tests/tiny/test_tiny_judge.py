@@ -61,6 +61,7 @@ WRONG = [
     (FACT, f"The capital of {OTHER_ISLE} is {CAPITAL}."),
     (FACT, f"The capital of {ISLE} is not {CAPITAL}."),
     (FACT, f"The ruler of {ISLE} is {CAPITAL}."),
+    (FACT, f"{CAPITAL} has 4 coins."),
     (FACT, REFUSALS[0]),
     (FACT, f"{REFUSALS[0]} {CAPITAL}"),
     (SORT, "axe, pine, fox"),

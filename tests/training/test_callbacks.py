@@ -14,8 +14,9 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from align.errors import AlignError
-from align.runs import RunFolder, Stopped
+from align.runs import RunFolder
 from align.stages.sft import SFTConfig
+from align.stopping import Stopped
 from align.training.callbacks import (
     CheckpointCallback,
     FiniteCallback,

@@ -1,0 +1,79 @@
+"""What a command says when it stops: a mistake to mend, or an unexpected error."""
+
+import json
+import os
+import tempfile
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from align.errors import AlignError, Problem
+
+MOST_LINES = 44
+"""Lines of one error: it must fit on a screen."""
+
+
+def print_json(value: Any) -> None:
+    """A value as JSON on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def problems_json(problems: Iterable[Problem]) -> dict[str, Any]:
+    """What `--json` says of a refused command."""
+    from align.config.problems import as_json
+
+    return {"ok": False, "problems": [as_json(problem) for problem in problems]}
+
+
+def print_problems(error: AlignError) -> None:
+    """An error on one screen, on stderr; of several processes the first tells it in full."""
+    from align.report.terminal import say
+
+    problems = list(error.problems)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        say(f"process {rank}: {problems[0] if problems else error}".splitlines()[0], style="red")
+        return
+    if len(problems) > 1:
+        say(f"{len(problems)} problems", style="bold red")
+    lines = 1
+    for number, problem in enumerate(problems):
+        where = f"{problem.where}: " if problem.where else ""
+        say(f"{'error: ' if len(problems) == 1 else ''}{where}{problem.message}", style="red")
+        if problem.hint:
+            say(f"    {problem.hint}")
+        lines += 2 if problem.hint else 1
+        left = len(problems) - number - 1
+        if lines >= MOST_LINES and left > 1:
+            say(f"... and {left} more")
+            break
+
+
+def answer(error: AlignError, *, as_json: bool = False) -> int:
+    """Show an error on one screen, with `as_json` as JSON on stdout too; returns the exit code."""
+    if as_json:
+        print_json(problems_json(error.problems))
+    print_problems(error)
+    return error.exit_code
+
+
+def crash(error: Exception) -> int:
+    """Say that something unexpected happened, and where the traceback is; returns the exit code."""
+    from align.environment import scrub
+    from align.report.terminal import say
+
+    # A stage leaves the traceback in its own log, and a note that says where.
+    notes = [note for note in getattr(error, "__notes__", []) if "traceback is in" in note]
+    if not notes:
+        handle, log = tempfile.mkstemp(prefix="align-", suffix=".log")
+        os.close(handle)
+        Path(log).write_text(scrub("".join(traceback.format_exception(error))), encoding="utf-8")
+        notes = [f"The traceback is in {log}; ALIGN_DEBUG=1 prints it."]
+    first = str(error).strip().partition("\n")[0]
+    rank = os.environ.get("RANK")
+    place = f" in process {rank}" if rank else ""
+    say(f"unexpected error{place}: {type(error).__name__}: {scrub(first)[:300]}", style="red")
+    for note in notes:
+        say(f"    {note}")
+    return 1

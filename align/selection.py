@@ -1,0 +1,56 @@
+"""What the argument of a command names: the stages of a recipe, or the runs below a folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from align.config.load import Loaded, is_pipeline, load_pipeline, load_stage, read_recipe
+from align.config.suggest import nearest
+from align.errors import fail
+
+if TYPE_CHECKING:
+    from align.status import StageStatus
+
+
+def stages_of(
+    recipe: str,
+    sets: Sequence[str] | None,
+    with_stages: Sequence[str] | None,
+    stage: str | None,
+) -> list[tuple[str, Loaded]]:
+    """Prefix and loaded stage: one for a stage's recipe, all (or `stage`) for a pipeline."""
+    if not is_pipeline(read_recipe(recipe)[0]):
+        return [("", load_stage(recipe, sets or [], ready=False))]
+    stages = load_pipeline(recipe, sets or [], with_stages=with_stages or [], ready=False).stages
+    if stage is None:
+        return [(f"{name}.", loaded) for name, loaded in stages.items()]
+    if stage not in stages:
+        close = nearest(stage, stages)
+        hint = f"did you mean `{close}`?" if close else f"stages: {', '.join(stages)}"
+        fail(f"no stage is called `{stage}`", where=recipe, hint=hint)
+    return [(f"{stage}.", stages[stage])]
+
+
+def places(place: str | None) -> list[str]:
+    """The place that is named, or every pipeline's folder below runs/."""
+    if place is not None:
+        return [place]
+    found = sorted(Path("runs").glob("*/pipeline.json"))
+    if not found:
+        fail("no pipeline has run below runs/", hint="name a pipeline, its folder or a run folder")
+    return [str(file.parent) for file in found]
+
+
+def states(place: str, sets: Sequence[str], with_stages: Sequence[str]) -> "Sequence[StageStatus]":
+    """How the stages of a pipeline (file or folder), or one run, stand."""
+    from align.status import PIPELINE_FILE, Plan, run_status, survey
+
+    folder = Path(place)
+    if folder.is_dir() or folder.with_name(f"{folder.name}.partial").is_dir():
+        if (folder / PIPELINE_FILE).is_file():
+            return survey(Plan.read(folder))
+        return [run_status(folder)]
+    if is_pipeline(read_recipe(place)[0]):
+        loaded = load_pipeline(place, sets, with_stages=with_stages, ready=False)
+        return survey(Plan.of(loaded))
+    return [run_status(Path(load_stage(place, sets, ready=False).config.output_dir))]

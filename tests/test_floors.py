@@ -1,0 +1,105 @@
+"""The light floor: no heavy library, short help, quick answers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from align.stages import STAGES
+
+CHECKOUT = Path(__file__).parent.parent
+HEAVY = (
+    *("torch", "transformers", "trl", "datasets", "accelerate", "peft", "bitsandbytes"),
+    *("numpy", "pandas", "pyarrow", "huggingface_hub", "tokenizers", "safetensors", "jinja2"),
+)
+
+PROBE = """
+import json, sys
+from align.cli import main
+try:
+    main({argv!r})
+except SystemExit as end:
+    code = end.code
+heavy = [name for name in {heavy!r} if name in sys.modules]
+print(json.dumps([code, heavy, "pydantic.main" in sys.modules]), file=sys.stderr)
+"""
+
+
+def probe(folder: Path, *argv: str) -> tuple[str, int, list[str], bool]:
+    """Standard output, exit code, heavy modules, and whether pydantic built anything."""
+    code = PROBE.format(argv=list(argv), heavy=HEAVY)
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "80", "NO_COLOR": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    exit_code, heavy, pydantic = json.loads(last)
+    return done.stdout, exit_code or 0, heavy, pydantic
+
+
+HELP = [
+    [],
+    *([kind] for kind in STAGES),
+    *([name] for name in ("run", "status", "show", "validate", "inspect", "schema", "recipes")),
+    *(["recipes", name] for name in ("list", "show", "copy")),
+]
+
+
+@pytest.mark.parametrize("words", HELP, ids=[" ".join(words) or "align" for words in HELP])
+def test_help_is_short_and_light(words, tmp_path):
+    out, code, heavy, pydantic = probe(tmp_path, *words, "--help")
+    assert code == 0
+    assert heavy == []
+    assert not pydantic, "help has to answer before pydantic is imported"
+    lines = out.rstrip().splitlines()
+    assert 5 < len(lines) <= 60
+    assert max(map(len, lines)) <= 80
+
+
+LIGHT = [
+    ["--version"],
+    ["recipes", "list"],
+    ["recipes", "show", "tiny/pipeline"],
+    ["recipes", "copy", "tiny/pipeline"],
+    ["validate", "tiny/pipeline"],
+    ["validate", "llama3-8b/sft", "--json"],
+    ["schema"],
+    ["schema", "sft"],
+    ["show", "tiny/pipeline"],
+    ["show", "--judges"],
+    ["status", "tiny/pipeline"],
+    ["run", "tiny/pipeline", "--dry-run"],
+    ["sft", "--options"],
+    ["eval", "--options", "temp"],
+    ["sft", "--recipe", "llama3-8b/sft", "--dry-run"],
+]
+
+
+@pytest.mark.parametrize("words", LIGHT, ids=[" ".join(words) for words in LIGHT])
+def test_light_commands_import_nothing_heavy(words, tmp_path):
+    out, code, heavy, _ = probe(tmp_path, *words)
+    assert code == 0
+    assert heavy == []
+    assert out.strip()
+
+
+def test_stage_modules_import_nothing_heavy(tmp_path):
+    modules = [place.partition(":")[0] for place in STAGES.values()]
+    code = f"""
+import importlib, json, sys
+for name in {modules!r} + ["align.pipeline", "align.runs", "align.launch", "align.status"]:
+    importlib.import_module(name)
+print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == []
