@@ -96,19 +96,27 @@ def _optional_pattern(words: Sequence[str]) -> list[str]:
 
 
 def build(words: Sequence[str]) -> typer.Typer:
-    """The app; only stages that are named in the command line get their flags."""
+    """The app; only stages that are named in the command line get their flags.
+
+    A group's own options are there only when one of them can be meant: typer imports pydantic for
+    an option that is not given, `--help` included, and help has to be quick.
+    """
     settings = {"help_option_names": ["-h", "--help"]}
+    top = not words or words[0].startswith("-")
+    completing = f"{os.environ.get('COMP_WORDS', '')} {os.environ.get('_TYPER_COMPLETE_ARGS', '')}"
+    named = {*words, *completing.split()}
     app = typer.Typer(
         help="Post-training for Llama 3 and friends: SFT, reward model, rejection sampling, DPO.",
         no_args_is_help=True,
-        add_completion=True,
+        add_completion=top,
+        add_help_option=top,
         pretty_exceptions_enable=False,
         context_settings=settings,
         rich_markup_mode="rich",
     )
-    app.callback()(_top)
+    app.callback()(_top if top else _nothing)
     for kind, summary in SUMMARIES.items():
-        command = stage_command(kind) if kind in words else _unused
+        command = stage_command(kind) if kind in named else _unused
         app.command(kind, help=summary, rich_help_panel="Stages")(command)
     app.command("run", rich_help_panel="Pipeline")(run)
     app.command("status", rich_help_panel="Pipeline")(status)
@@ -116,14 +124,15 @@ def build(words: Sequence[str]) -> typer.Typer:
     app.command("validate", rich_help_panel="Recipes")(validate)
     app.command("inspect", rich_help_panel="Recipes")(inspect_rows)
     app.command("schema", rich_help_panel="Recipes")(schema)
-    app.add_typer(_recipes(settings), name="recipes", rich_help_panel="Recipes")
+    app.add_typer(_recipes(words[1:2], settings), name="recipes", rich_help_panel="Recipes")
     return app
 
 
-def _recipes(settings: dict[str, Any]) -> typer.Typer:
+def _recipes(words: Sequence[str], settings: dict[str, Any]) -> typer.Typer:
     recipes = typer.Typer(
         help="List, print and copy the recipes that ship with align.",
         no_args_is_help=True,
+        add_help_option=not words or words[0].startswith("-"),
         context_settings=settings,
         rich_markup_mode="rich",
     )
@@ -147,7 +156,11 @@ def _top(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """Named by `align --version` and `align --help`; the commands do the work."""
+    """The options of `align` itself; the commands do the work."""
+
+
+def _nothing() -> None:
+    """`align` without options of its own."""
 
 
 # --- stages ---------------------------------------------------------------------------------

@@ -215,6 +215,7 @@ def script(tmp_path):
     return write
 
 
+DDP = str(shipped("recipes") / "accelerate" / "ddp.yaml")
 ACCELERATE = ["accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
@@ -224,8 +225,7 @@ ACCELERATE = ["accelerate.commands.launch", "--mixed_precision", "no", "--dynamo
     [
         ["torch.distributed.run", "--nproc-per-node", "2"],
         [*ACCELERATE, "--num_machines", "1", "--multi_gpu", "--num_processes", "2"],
-        ["align.launch", "--config_file", str(shipped("recipes") / "accelerate" / "ddp.yaml")]
-        + ["--num_processes", "2"],
+        ["align.launch", "--config_file", DDP, "--num_processes", "2"],
     ],
     ids=["torchrun", "accelerate", "align"],
 )
@@ -290,19 +290,8 @@ def test_what_cannot_be_launched_is_refused(words, message, bad_rows):
     assert "Traceback" not in done.stderr
 
 
-SLEEPER = """
-import signal, sys, time
-from align.launch import relaunch
-from align.config.sections import LaunchSection
-import align.launch
-sys.exit(relaunch(["sft"], LaunchSection(num_processes=2)))
-"""
-
-
 @pytest.mark.slow
 def test_a_signal_reaches_every_process_once(tmp_path):
-    package = tmp_path / "align_stub"
-    package.mkdir()
     (tmp_path / "sleeper.py").write_text(
         "import os, signal, sys, time\n"
         "count = 0\n"

@@ -101,6 +101,8 @@ class Location:
     config: str | None = None
     format: Format = "auto"
     mapping: Mapping[str, str] = field(default_factory=dict)
+    card: Path | None = None
+    """The card that says so."""
 
 
 def locate(name: str, split: str, config: str | None = None) -> Location:
@@ -145,12 +147,14 @@ def _from_card(folder: Path, name: str, split: str, config: str | None) -> Locat
     mapping = card.mapping or {}
     given = card.splits[split]
     if given is None:
-        return Location(name, split, (), card.hub, config or card.config, card.format, mapping)
+        return Location(
+            name, split, (), card.hub, config or card.config, card.format, mapping, folder / CARD
+        )
     file = folder / given.file
     if not file.is_file():
         fail(f"the card names {given.file}, which is not there", where=display(folder / CARD))
     form = given.format if given.format != "auto" else card.format
-    return Location(name, split, (file,), format=form, mapping=mapping)
+    return Location(name, split, (file,), format=form, mapping=mapping, card=folder / CARD)
 
 
 def _files_of_split(folder: Path, split: str) -> tuple[Path, ...]:

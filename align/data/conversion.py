@@ -83,7 +83,10 @@ def _text_part(part: Any, name: str) -> str:
 
 def is_transcript(value: Any) -> bool:
     """Whether a text is written as in hh-rlhf: turns that begin with `Human:` and `Assistant:`."""
-    return isinstance(value, str) and value.lstrip("\n").startswith(HH_HUMAN.lstrip("\n"))
+    if not isinstance(value, str):
+        return False
+    stripped = value.startswith(HH_HUMAN.lstrip()) and HH_ASSISTANT in value
+    return stripped or value.startswith(HH_HUMAN)
 
 
 def transcript(text: str) -> list[Message]:

@@ -1,6 +1,7 @@
 """What rows a recipe reads, by content: for lineage and for the fingerprint of a stage. Light."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,17 @@ from align.errors import fail
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """One file, or one Hub data set."""
+    """One file, one Hub data set, or what a card says of how rows are read."""
 
     path: str
     """Absolute path, or the Hub id."""
     split: str
     sha256: str | None = None
-    """Hash of the file's content; None for a Hub data set."""
+    """Hash of the content; None for a Hub data set."""
     revision: str | None = None
     """Commit of a Hub data set, where it is known."""
     rows: int | None = None
-    """Lines of a JSON Lines file; None where only a parser can tell."""
+    """Rows, where they are quickly counted or were read."""
 
 
 def entries(data: DataSection, split: str | None = None) -> list[DatasetEntry]:
@@ -71,26 +72,34 @@ def describe_sources(data: DataSection) -> list[SourceInfo]:
     for entry in wanted:
         for part in entry.split.split("+"):
             location = locate(entry.path, part.partition("[")[0].strip(), entry.name)
-            for info in describe_location(location):
-                found.setdefault((info.path, info.split), info)
+            for info in (*describe_location(location), _reading(location)):
+                if info is not None:
+                    found.setdefault((info.path, info.split), info)
     return list(found.values())
 
 
 def describe_location(location: Location) -> Iterator[SourceInfo]:
     """The files of a split with their hashes, or the Hub data set."""
+    # Here, because lineage itself asks this module what a recipe reads.
+    from align.lineage import CACHED_FROM, file_sha256
+
     if location.hub is not None:
         yield SourceInfo(location.hub, location.split)
     for file in location.files:
-        digest, lines = _read(file)
-        is_lines = file.suffix.lower() == ".jsonl"
-        yield SourceInfo(str(file), location.split, digest, rows=lines if is_lines else None)
+        countable = file.suffix.lower() == ".jsonl" and file.stat().st_size < CACHED_FROM
+        rows = _lines(file) if countable else None
+        yield SourceInfo(str(file), location.split, file_sha256(file), rows=rows)
 
 
-def _read(file: Path) -> tuple[str, int]:
-    """sha256 of a file and the number of its non-empty lines."""
-    digest, lines = hashlib.sha256(), 0
+def _lines(file: Path) -> int:
     with file.open("rb") as handle:
-        for line in handle:
-            digest.update(line)
-            lines += bool(line.strip())
-    return digest.hexdigest(), lines
+        return sum(bool(line.strip()) for line in handle)
+
+
+def _reading(location: Location) -> SourceInfo | None:
+    """What a card says of how its rows are read, as far as that changes them."""
+    if location.card is None or (location.format == "auto" and not location.mapping):
+        return None
+    said = json.dumps([location.format, sorted(location.mapping.items())])
+    digest = hashlib.sha256(said.encode()).hexdigest()
+    return SourceInfo(str(location.card), location.split, digest)

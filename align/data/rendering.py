@@ -3,6 +3,7 @@
 `training_rows` and `prompt_rows` are the doors of the data room for the stages.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from align.config.sections import DataSection
@@ -163,21 +165,39 @@ def _mixed(
 
 
 def _hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], list[Source]]:
-    """Split rows off at random for evaluation, from every source the same share."""
+    """Split rows off at random for evaluation, from every source the same share.
+
+    Rows of one prompt stay together: a reward model that has trained on one pair of a prompt has
+    seen the prompt of the others.
+    """
     generator = np.random.default_rng(SEED)
     kept, held = [], []
     for source in sources:
+        prompts = _prompts(source)
         count = max(round(len(source) * share), 1)
-        if count >= len(source):
+        order = generator.permutation(prompts.max() + 1)
+        sizes = np.bincount(prompts)[order].cumsum()
+        chosen = order[: int(np.searchsorted(sizes, count)) + 1]
+        inside = np.isin(prompts, chosen)
+        if inside.all():
             fail(
                 f"{share} of {len(source)} rows leaves none to train on",
                 where="data.test_split_size",
                 hint="make it smaller, or give a split of its own with data.dataset_test_split",
             )
-        order = generator.permutation(len(source))
-        held.append(source.take(np.sort(order[:count])))
-        kept.append(source.take(np.sort(order[count:])))
+        held.append(source.take(np.flatnonzero(inside)))
+        kept.append(source.take(np.flatnonzero(~inside)))
     return kept, held
+
+
+def _prompts(source: Source) -> NDArray[np.int64]:
+    """For each row the number of its prompt; without a column of prompts every row has its own."""
+    column = (source.columns or {}).get("prompt", "prompt")
+    if column not in source.dataset.column_names:
+        return np.arange(len(source))
+    numbers: dict[str, int] = {}
+    texts = (json.dumps(prompt, sort_keys=True) for prompt in source.dataset[column])
+    return np.array([numbers.setdefault(text, len(numbers)) for text in texts])
 
 
 def _render_all(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from align.errors import fail
+
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
@@ -53,7 +55,8 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> t
 
     Returns:
         Token ids, shape [rows]: the most likely ones at temperature 0, else the first token at
-        which the cumulative probability exceeds the row's number.
+        which the cumulative probability exceeds the row's number. Where drawn from logits that
+        are NaN, the size of the vocabulary: see `refuse_nan`.
     """
     if decoding.greedy:
         return logits.argmax(-1)
@@ -69,6 +72,15 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> t
     # Just below the total: rounding must not reach past the last token that has any probability.
     target = (uniform.to(mass.device, exact) * mass[:, -1] * (1 - 1e-12))[:, None]
     return torch.searchsorted(mass, target, right=True).squeeze(1)
+
+
+def refuse_nan(tokens: torch.Tensor, vocabulary: int) -> None:
+    """Refuse tokens that were drawn from logits that are no numbers."""
+    if bool((tokens >= vocabulary).any()):
+        fail(
+            "the model's logits are no numbers (NaN), so no token can be drawn",
+            hint="check the model; float16 overflows where bfloat16 and float32 do not",
+        )
 
 
 def _nucleus(scores: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from align.errors import fail
-from align.generation.draws import Decoding, choose, uniforms
+from align.generation.draws import Decoding, choose, refuse_nan, uniforms
 from align.generation.slots import Finished, Request, SlotBatch
 
 
@@ -64,8 +64,8 @@ def sample_completions(
         temperature: 0 is greedy; all samples of a prompt are then the same one.
         top_p: nucleus, as in transformers; 1 keeps all tokens.
         top_k: as in transformers, in front of `top_p`; 0 keeps all tokens.
-        batch_size: completions written at once. A prompt is computed once, or once for each
-            `batch_size` of its samples.
+        batch_size: completions written at once. A prompt is computed once, or, where its samples
+            are more than half a batch, at most once for each quarter of a batch of them.
         seed: seed of the draws.
         indices: each prompt's index where the prompts are a part of a whole; 0, 1, ... when unset.
         on_batch: called after every `batch_size` completions, and at the end, with the numbers of
@@ -76,6 +76,8 @@ def sample_completions(
     """
     decoding = Decoding(max_new_tokens, tuple(stop_ids), temperature, top_p, top_k)
     drawn = 1 if decoding.greedy else num_generations
+    # Few large requests would wait for one another: a request needs as many free rows at once.
+    at_once = drawn if 2 * drawn <= batch_size else max(1, batch_size // 4)
     row_of: dict[int, int] = {}
     requests = []
     for row, prompt in enumerate(prompts):
@@ -83,8 +85,8 @@ def sample_completions(
         if not prompt:
             fail("the prompt has no tokens, so nothing can follow it", where=f"row {index + 1}")
         row_of[index] = row
-        for first in range(0, drawn, batch_size):
-            last = min(first + batch_size, drawn)
+        for first in range(0, drawn, at_once):
+            last = min(first + at_once, drawn)
             requests.append(Request(index, prompt, range(first, last)))
     found: list[list[Any]] = [[None] * drawn for _ in prompts]
     written = 0
@@ -158,6 +160,7 @@ class _Chosen(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self.prompt_length
         token = choose(scores, self.uniform[:, step], self.decoding)
+        refuse_nan(token, scores.shape[1])
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from align.generation.draws import Decoding, choose, uniforms
+from align.generation.draws import Decoding, choose, refuse_nan, uniforms
 
 HEADROOM = 32
 """Free columns of a new cache: what a row has written is copied once in so many steps."""
@@ -23,7 +23,7 @@ IDLE_SHARE = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Samples of one prompt."""
+    """Some samples of one prompt."""
 
     index: int
     """Place of the prompt among all prompts; the draws depend on it."""
@@ -148,14 +148,15 @@ class SlotBatch:
         """Compute the prompts and copy each to a row for every sample; choose the first tokens."""
         if not requests:
             return
-        lengths = torch.tensor([len(request.ids) for request in requests], device=self.device)
+        prompts = {request.index: request.ids for request in requests}
+        lengths = torch.tensor([len(ids) for ids in prompts.values()], device=self.device)
         width = int(lengths.max())
-        logits, prompts = self._prefill(requests, lengths, width)
-        counts = torch.tensor([len(request.samples) for request in requests], device=self.device)
-        copies = torch.arange(len(requests), device=self.device).repeat_interleave(counts)
+        logits, filled = self._prefill(list(prompts.values()), lengths, width)
         places = [(request.index, sample) for request in requests for sample in request.samples]
+        row_of = {index: row for row, index in enumerate(prompts)}
+        copies = torch.tensor([row_of[index] for index, _ in places], device=self.device)
         if self.active == 0:
-            self._open(prompts, len(places), width)
+            self._open(filled, len(places), width)
         end = self.window.end
         new = self._new_rows(places, end - lengths[copies], lengths[copies] - 1)
         if self.active == 0:
@@ -164,7 +165,7 @@ class SlotBatch:
         else:
             seats = self.rows.done.nonzero().squeeze(1)[: len(places)]
             self.rows.put(seats, new)
-        for layer, prompt in zip(self.cache.layers, prompts.layers, strict=True):
+        for layer, prompt in zip(self.cache.layers, filled.layers, strict=True):
             for buffer, block in ((layer.keys, prompt.keys), (layer.values, prompt.values)):
                 # Zeros and not whatever is there: a NaN would spread from behind the mask.
                 buffer[seats, :, : end - width] = 0
@@ -174,14 +175,14 @@ class SlotBatch:
         yield from self._accept(logits[copies], seats)
 
     def _prefill(
-        self, requests: list[Request], lengths: torch.Tensor, width: int
+        self, prompts: list[Sequence[int]], lengths: torch.Tensor, width: int
     ) -> tuple[torch.Tensor, DynamicCache]:
         """Run the prompts, padded on the left: the logits behind them, and their cache."""
-        ids = [[self.pad_id] * (width - len(r.ids)) + list(r.ids) for r in requests]
+        padded = [[self.pad_id] * (width - len(ids)) + list(ids) for ids in prompts]
         mask = torch.arange(width, device=self.device) >= (width - lengths)[:, None]
         cache = DynamicCache()
         output = self.model(
-            input_ids=torch.tensor(ids, device=self.device),
+            input_ids=torch.tensor(padded, device=self.device),
             attention_mask=None if bool(mask.all()) else mask.long(),
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             past_key_values=cache,
@@ -270,7 +271,8 @@ class SlotBatch:
         token = choose(logits, uniform, self.decoding)
         rows.tokens[seats, age] = token
         rows.last[seats] = token
-        stopped = (token[:, None] == self.stops).any(1)
+        # Tokens drawn from NaN end the row too, and are refused where the rows are looked at.
+        stopped = (token[:, None] == self.stops).any(1) | (token >= logits.shape[1])
         over = (stopped | (age == self.decoding.max_new_tokens - 1)) & ~done
         going = ~(done | over)
         rows.done[seats] = ~going
@@ -279,6 +281,7 @@ class SlotBatch:
         ended = seats[over]
         self.active -= len(ended)
         if len(ended):
+            refuse_nan(rows.tokens[ended], logits.shape[1])
             counts = (rows.age[ended] + 1).tolist()
             owners, tokens = rows.owner[ended].tolist(), rows.tokens[ended].tolist()
             for (index, sample), ids, count in zip(owners, tokens, counts, strict=True):

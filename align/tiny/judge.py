@@ -186,6 +186,7 @@ def _odd_is_correct(item: Item, text: str) -> bool:
         and _named(text, KINDS) <= {kind}
         and not re.search(rf"\bis an? {kind}\b", text, re.I)
         and not _actions_in(text)
+        and not _named(text, ISLES)
     )
 
 

@@ -30,6 +30,23 @@ def test_every_split_that_is_read_is_described_once(write, tmp_path):
     assert [info.split for info in describe_sources(data)] == ["train", "test"]
 
 
+def test_what_a_card_says_of_reading_counts_and_its_words_do_not(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"q": "a"}\n')
+    data = DataSection(dataset_name=str(tmp_path))
+
+    def described(description: str, mapping: str) -> list:
+        (tmp_path / "card.yaml").write_text(
+            f"name: own\ndescription: {description}\nlicense: mit\nsource: me\n"
+            f"splits: {{train: {{file: rows.jsonl}}}}\nmapping: {mapping}\n"
+        )
+        return describe_sources(data)
+
+    first = described("some words", "{prompt: q}")
+    assert [info.path.rpartition("/")[2] for info in first] == ["rows.jsonl", "card.yaml"]
+    assert described("other words", "{prompt: q}") == first
+    assert described("some words", "{text: q}") != first
+
+
 def test_a_hub_data_set_is_named_and_not_fetched():
     (info,) = describe_sources(DataSection(dataset_name="org/name", dataset_config="main"))
     assert (info.path, info.sha256) == ("org/name", None)

@@ -271,6 +271,13 @@ def test_a_system_prompt_needs_chats(canonical):
         canonical([{"prompt": "a", "completion": "b"}], "demonstrations", system_prompt="be kind")
 
 
+def test_a_text_that_begins_with_human_is_no_transcript_yet(canonical):
+    rows, _ = canonical([{"prompt": "Human: hi"}], "prompts")
+    assert rows == [{"prompt": "Human: hi"}]
+    rows, _ = canonical([{"prompt": "Human: hi\n\nAssistant:"}], "prompts")
+    assert rows == [{"prompt": [U]}]
+
+
 WRONG_PURPOSE = [
     ("demonstrations", EXPLICIT, "holds preference pairs", "completion: chosen"),
     (

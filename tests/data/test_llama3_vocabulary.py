@@ -2,6 +2,7 @@
 
 import base64
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,8 @@ CHAT = [
     },
     {
         "role": "user",
-        "content": "She played the piano beautifully for hours and then stopped as it was midnight.",
+        "content": "She played the piano beautifully for hours and then stopped as it was "
+        "midnight.",
     },
 ]
 PROMPT = [
@@ -52,7 +54,7 @@ def split_at(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """The two tokens that byte-pair encoding joins last to make this one."""
     parts = [token[place : place + 1] for place in range(len(token))]
     while True:
-        joined = [ranks.get(a + b) for a, b in zip(parts, parts[1:], strict=False)]
+        joined = [ranks.get(a + b) for a, b in pairwise(parts)]
         usable = [rank for rank in joined if rank is not None and rank < ranks[token]]
         if not usable:
             return parts

@@ -204,6 +204,17 @@ def test_rows_are_held_out_for_evaluation(render):
         render(rows[:1], test_split_size=0.5)
 
 
+def test_pairs_of_one_prompt_are_never_on_both_sides(render):
+    rows = [
+        {"prompt": f"Question {n // 4}?", "chosen": f"Answer {n}.", "rejected": "No."}
+        for n in range(40)
+    ]
+    made = render(rows, "dpo", test_split_size=0.2)
+    sides = [{tuple(ids) for ids in part["prompt_ids"]} for part in (made.train, made.test)]
+    assert (len(made.train), len(made.test)) == (32, 8)
+    assert not sides[0] & sides[1]
+
+
 def test_a_test_split_is_read_whole(write, tmp_path, bpe):
     write([CHAT] * 5, "train.jsonl")
     write([CHAT] * 4, "test.jsonl")

@@ -242,6 +242,26 @@ def test_half_precision_and_odd_head_sizes():
     assert all(len(row) == 2 for row in rows)
 
 
+@pytest.mark.parametrize("slots", [True, False])
+def test_a_broken_model_is_refused(slots, monkeypatch):
+    model = made("llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    monkeypatch.setattr("align.generation.sampler.has_attention_caches", lambda _: slots)
+    with pytest.raises(AlignError, match="NaN"):
+        sample(model, prompts())
+
+
+def test_columns_behind_the_mask_are_clean(monkeypatch):
+    """Fresh memory may hold anything, and a NaN in a value would pass through any mask."""
+    model, asked = made("llama"), prompts()
+    clean = sample(model, asked, num_generations=2)
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda self, shape: self.new_full(shape, torch.nan)
+    )
+    assert sample(model, asked, num_generations=2) == clean
+
+
 def test_progress_is_told_in_steps_of_the_batch_and_at_the_end():
     told = []
     asked = prompts(count=5)
