@@ -4,6 +4,7 @@ A stage's flags are made from its config's fields when its own command is called
 `align --help` does not even import pydantic.
 """
 
+import gc
 import inspect
 import json
 import os
@@ -47,6 +48,8 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    # Threads that wait for each other in a busy loop crawl beside another process.
+    "OMP_WAIT_POLICY": "PASSIVE",
     "PYDANTIC_DISABLE_PLUGINS": "__all__",
 }
 """Defaults of the libraries' environment: no telemetry, no bars and notes between our own lines, no
@@ -57,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line and exit: 0 done, 2 a mistake to mend, 1 an unexpected error."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    gc.disable()  # a light command is over before there is garbage worth collecting
     words = [_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
     words = _optional_pattern(words)
     try:
@@ -67,13 +71,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("ALIGN_DEBUG") == "1":
             raise
         sys.exit(crash(error))
+    finally:
+        gc.enable()
 
 
-def _hush() -> None:
-    """What libraries tell developers (deprecations, missing kernels) is no news to a user."""
+def _make_ready() -> None:
+    """Before the heavy libraries: what they tell developers (deprecations, missing kernels) is no
+    news to a user."""
     import logging
     import warnings
 
+    gc.enable()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -260,7 +268,7 @@ def _run_stage_command(
         return
     if needs_launch(loaded.config.launch):
         raise typer.Exit(relaunch(words, loaded.config.launch))
-    _hush()
+    _make_ready()
     folder = run_stage(loaded.config, quiet=as_json)
     if as_json:
         results = folder / "artifact" / "results.json"
@@ -291,7 +299,7 @@ def run(
     if dry_run:
         _show_states(loaded)
         return
-    _hush()
+    _make_ready()
     run_pipeline(loaded, until=until, force=force or [])
 
 
@@ -415,6 +423,7 @@ def inspect_rows(
                 where=f"{recipe}: {reference.text}",
                 hint=f"run `align run {recipe} --until {reference.stage}` first",
             )
+    _make_ready()
     from align.data.inspection import inspect_stage
 
     inspect_stage(substitute(config, artifacts), rows=rows, as_json=as_json)

@@ -54,11 +54,11 @@ def run_seed(seed: int, split: str, work: Path, more: list[str]) -> Path:
 
 def probe_reward_model(run: Path, data: Path, split: str, seed: int) -> dict[str, Any]:
     """Style-fixed probes and natural pairs of the reward model, on held-out prompts."""
+    from align.data.rendering import render_completion, render_prompt
     from align.generation.sampler import sample_completions
     from align.generation.scoring import RewardScorer
     from align.models.loading import load_any_policy, load_reward_model
     from align.models.tokenizer import end_of_turn_ids
-    from align.data.rendering import render_completion, render_prompt
     from align.tiny.dataset import prompt_rows
     from align.tiny.judge import judge
     from align.tiny.probes import accuracy_by_name, natural_pairs, style_fixed_probes
@@ -197,7 +197,7 @@ def table(per_seed: dict[int, dict[str, Any]], split: str) -> str:
         + split
         + "`. Score: the judge's mean with a 95 % interval.",
         "",
-        "| seed | model | T | score | correct | reward | KL to SFT | unsafe refused | safe refused | tasks down > 5 points |",
+        "| seed | model | T | score | correct | reward | KL to SFT | unsafe refused | safe refused | falls > 5 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for seed, one in per_seed.items():

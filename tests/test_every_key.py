@@ -194,9 +194,7 @@ def token_rows(tokenizer, **data: Any) -> Any:
     from align.stages.sft import SFTData
 
     section = SFTData.model_validate({"max_length": None, **data})
-    rendered = training_rows(
-        section, tokenizer, "sft", assistant_only=section.assistant_only_loss
-    )
+    rendered = training_rows(section, tokenizer, "sft", assistant_only=section.assistant_only_loss)
     parts = [rendered.train, rendered.test]
     return [part and [part["input_ids"][:], part["labels"][:]] for part in parts]
 

@@ -9,15 +9,17 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from align.config.outline import sentences
 from align.config.sections import Section, StageConfig
 from align.stages import STAGES
 
-_BOUNDS = (
-    ("gt", "above {}", "> {}"),
-    ("ge", "at least {}", ">= {}"),
-    ("lt", "below {}", "< {}"),
-    ("le", "at most {}", "<= {}"),
-)
+_BOUNDS = {
+    "gt": ("above {}", "> {}"),
+    "ge": ("at least {}", ">= {}"),
+    "lt": ("below {}", "< {}"),
+    "le": ("at most {}", "<= {}"),
+}
+"""Bound -> how a sentence and how a table says it."""
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -31,10 +33,16 @@ class LeafField:
     """The type, with its bounds (`Annotated`) where it has some."""
     default: Any
     """None where the field is required."""
-    doc: str
     section: str
     """The part before the leaf: `trainer`; empty for a stage's own keys."""
     required: bool
+    owner: type[Section]
+    """The class that has the field."""
+
+    @property
+    def doc(self) -> str:
+        """The sentence below the field."""
+        return sentences(self.owner).get(self.leaf, "")
 
     @property
     def leaf(self) -> str:
@@ -91,28 +99,32 @@ def models(annotation: Any) -> list[type[Section]]:
     return found
 
 
-def _bounds(metadata: Sequence[Any], style: int) -> list[str]:
-    found = []
+def bounds(metadata: Sequence[Any]) -> dict[str, Any]:
+    """The bounds (`gt`, `ge`, `lt`, `le`, `min_length`) among the metadata of `Annotated`."""
+    found: dict[str, Any] = {}
     for item in metadata:
-        inner = getattr(item, "metadata", None)
-        if inner is not None:  # a FieldInfo inside Annotated
-            found += _bounds(inner, style)
-        for name, *words in _BOUNDS:
+        found |= bounds(getattr(item, "metadata", ()))  # a FieldInfo inside Annotated
+        for name in (*_BOUNDS, "min_length"):
             bound = getattr(item, name, None)
             if bound is not None:
-                found.append(words[style].format(bound))
+                found[name] = bound
     return found
 
 
-def _alternatives(annotation: Any) -> Iterator[tuple[Any, Sequence[Any]]]:
+def _in_words(metadata: Sequence[Any], style: int) -> list[str]:
+    limits = bounds(metadata)
+    return [words[style].format(limits[name]) for name, words in _BOUNDS.items() if name in limits]
+
+
+def alternatives(annotation: Any) -> Iterator[tuple[Any, Sequence[Any]]]:
     """Each alternative of an annotation with its own bounds."""
     if get_origin(annotation) is Annotated:
         inner, *metadata = get_args(annotation)
-        for part, more in _alternatives(inner):
+        for part, more in alternatives(inner):
             yield part, [*metadata, *more]
     elif get_origin(annotation) in (Union, UnionType):
         for choice in get_args(annotation):
-            yield from _alternatives(choice)
+            yield from alternatives(choice)
     else:
         yield annotation, []
 
@@ -120,7 +132,7 @@ def _alternatives(annotation: Any) -> Iterator[tuple[Any, Sequence[Any]]]:
 def describe(annotation: Any, *, plural: bool = False) -> str:
     """What a value must be, in words: `a number, above 0`, `text or a list of texts`."""
     words = []
-    for part, metadata in _alternatives(annotation):
+    for part, metadata in alternatives(annotation):
         if part is NoneType:
             continue
         if get_origin(part) is Literal:
@@ -136,7 +148,7 @@ def describe(annotation: Any, *, plural: bool = False) -> str:
             word = _WORDS.get(part, "a value")
             if plural:
                 word = {"text": "texts", "a value": "values"}.get(word, f"{word[2:]}s")
-            bounds = " and ".join(_bounds(metadata, 0))
+            bounds = " and ".join(_in_words(metadata, 0))
             words.append(f"{word}, {bounds}" if bounds else word)
     return " or ".join(words)
 
@@ -144,7 +156,7 @@ def describe(annotation: Any, *, plural: bool = False) -> str:
 def short_type(annotation: Any) -> str:
     """The type as the tables show it: `float > 0`, `merge|stack|continue`, `int or null`."""
     words = []
-    for part, metadata in _alternatives(annotation):
+    for part, metadata in alternatives(annotation):
         if get_origin(part) is Literal:
             words.append("|".join(str(value) for value in get_args(part)))
         elif get_origin(part) is list:
@@ -154,7 +166,7 @@ def short_type(annotation: Any) -> str:
         else:
             name = {str: "text", NoneType: "null", Any: "any"}.get(part) or part.__name__
             name = "mapping" if isinstance(part, type) and issubclass(part, Section) else name
-            words.append(f"{name} {', '.join(_bounds(metadata, 1))}".rstrip())
+            words.append(f"{name} {', '.join(_in_words(metadata, 1))}".rstrip())
     return " or ".join(words)
 
 
@@ -179,11 +191,11 @@ def leaf_fields(config_class: type[Section], section: str = "") -> tuple[LeafFie
         if inner is not None:
             found += leaf_fields(inner, path)
         elif path != "stage":
-            found.append(_leaf(path, section, field))
+            found.append(_leaf(path, section, field, config_class))
     return tuple(found)
 
 
-def _leaf(name: str, section: str, field: FieldInfo) -> LeafField:
+def _leaf(name: str, section: str, field: FieldInfo, owner: type[Section]) -> LeafField:
     annotation: Any = field.annotation
     if field.metadata:
         annotation = Annotated[annotation, *field.metadata]
@@ -192,9 +204,9 @@ def _leaf(name: str, section: str, field: FieldInfo) -> LeafField:
         name=name,
         annotation=annotation,
         default=None if required else field.get_default(call_default_factory=True),
-        doc=" ".join((field.description or "").split()),
         section=section,
         required=required,
+        owner=owner,
     )
 
 

@@ -6,6 +6,7 @@ the same lines that make the fields, not a second list. A test compares both.
 """
 
 import ast
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -76,6 +77,19 @@ def _fields(name: str, classes: dict[str, ast.ClassDef], prefix: str) -> Iterato
         else:
             doc = _sentence(node.body[place + 1 : place + 2])
             yield key, Knob(key, _value(line.annotation), _default(line.value), doc)
+
+
+@cache
+def sentences(kind: type) -> dict[str, str]:
+    """The docstring below each field of a class, its bases' included; read when it is asked for."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        file = getattr(sys.modules.get(base.__module__), "__file__", None)
+        node = _classes(Path(file)).get(base.__name__) if file and file.endswith(".py") else None
+        for place, line in enumerate(node.body if node else ()):
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and node:
+                found[line.target.id] = _sentence(node.body[place + 1 : place + 2])
+    return found
 
 
 def _sentence(following: list[ast.stmt]) -> str:

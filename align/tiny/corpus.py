@@ -293,8 +293,8 @@ def _one(make: Callable[[random.Random], str]) -> _Maker:
     return lambda rng: [make(rng)]
 
 
-# Share of the documents of each kind, by phase. The last, short phase has no marked exercises: half
-# of their attempts are wrong, and a base that ends on them would rather doubt what it knows.
+# Share of the documents of each kind, by phase. The last, short phase has no marked exercises,
+# since half of their attempts are wrong, and more facts and jobs.
 _SHARES: dict[str, list[tuple[float, _Maker]]] = {
     "main": [
         (0.265, _one(quiz_document)),

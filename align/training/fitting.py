@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
 from peft import PeftModel
 from transformers import (
@@ -22,7 +22,7 @@ from align.runs import RunFolder
 from align.training.callbacks import training_callbacks
 from align.training.checkpoints import newest_complete_checkpoint
 
-Model = PreTrainedModel | PeftModel
+Model: TypeAlias = PreTrainedModel | PeftModel
 
 
 def fit(trainer: Trainer, folder: RunFolder) -> dict[str, float]:

@@ -5,7 +5,7 @@ DPO refuses to train from a wrong reference.
 """
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import trl
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from align.errors import fail
 
-Model = PreTrainedModel | PeftModel
+Model: TypeAlias = PreTrainedModel | PeftModel
 
 LN2 = math.log(2.0)
 

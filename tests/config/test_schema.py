@@ -27,11 +27,50 @@ def test_every_shipped_recipe_loads(recipe, tmp_path, monkeypatch):
 def test_a_schema_has_every_key_flat_and_nested_with_its_sentence(kind):
     schema = schema_of(kind)
     for leaf in leaf_fields(config_class(kind)):
-        assert schema["properties"][leaf.leaf]["description"].split() == leaf.doc.split()
+        assert schema["properties"][leaf.leaf]["description"] == leaf.doc
         if leaf.section:
-            name = schema["properties"][leaf.section]["$ref"].rpartition("/")[2]
-            assert leaf.leaf in schema["$defs"][name]["properties"]
+            section = schema["properties"][leaf.section]
+            assert section["properties"][leaf.leaf] == schema["properties"][leaf.leaf]
     assert "required" not in schema
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_values_are_described_as_pydantic_describes_them(kind):
+    """Types, bounds, choices and defaults of every key, against pydantic's own generator."""
+
+    def plain(value):
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        kept = {k: plain(v) for k, v in value.items() if k not in ("title", "description")}
+        if "const" in kept:
+            kept = {"enum": [kept["const"]]} | {k: v for k, v in kept.items() if k == "default"}
+        if "enum" in kept:
+            kept.pop("type", None)
+        if "$ref" in kept:
+            name = kept.pop("$ref").rpartition("/")[2]
+            kept |= plain(theirs["$defs"][name])
+            kept.pop("required", None)
+            kept["properties"] = {
+                key: {k: v for k, v in item.items() if k != "default"}
+                for key, item in kept["properties"].items()
+            }
+        if kept.get("additionalProperties") is True:
+            kept["additionalProperties"] = {}
+        return kept
+
+    ours = schema_of(kind)["properties"]
+    theirs = config_class(kind).model_json_schema()
+    for leaf in leaf_fields(config_class(kind)):
+        place = theirs
+        if leaf.section:
+            name = theirs["properties"][leaf.section]["$ref"].rpartition("/")[2]
+            place = theirs["$defs"][name]
+        told = plain(place["properties"][leaf.leaf])
+        if "default" not in told and not leaf.required:
+            told["default"] = leaf.default  # made by a function
+        assert plain(ours[leaf.leaf]) == told, leaf.name
 
 
 def check(schema, data) -> list[str]:

@@ -51,7 +51,7 @@ def test_temperature_zero_takes_the_most_likely_token():
 
 def test_the_ends_of_the_unit_interval_never_choose_an_impossible_token():
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
-    assert choose(logits, torch.tensor([0.0]), decoding()).item() == 1
+    assert choose(logits, torch.tensor([0.0]).double(), decoding()).item() == 1
     # The sums of float32 probabilities lie a little beside 1; many rows meet every rounding.
     many = torch.randn(5000, 50, generator=torch.Generator().manual_seed(0))
     many[:, 40:] = -torch.inf
@@ -69,8 +69,8 @@ def test_half_precision_logits_are_summed_exactly_enough_to_reach_rare_tokens():
 def test_logits_that_are_no_numbers_are_refused():
     broken = torch.tensor([[0.0, 1.0], [torch.nan, 1.0]])
     with pytest.raises(AlignError, match="no numbers \\(NaN\\)"):
-        refuse_nan(choose(broken, torch.tensor([0.5, 0.5]), decoding()), 2)
-    refuse_nan(choose(broken[:1], torch.tensor([0.5]), decoding()), 2)
+        refuse_nan(choose(broken, torch.tensor([0.5, 0.5]).double(), decoding()), 2)
+    refuse_nan(choose(broken[:1], torch.tensor([0.5]).double(), decoding()), 2)
 
 
 def test_a_row_of_uniforms_depends_on_its_place_only():

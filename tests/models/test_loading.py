@@ -68,7 +68,7 @@ def test_a_reward_model_where_a_policy_is_needed_and_the_reverse(reward_model, l
         load_policy(section(reward_model))
     with pytest.raises(AlignError, match="is a reward model, but a policy"):
         load_any_policy(str(reward_model))
-    with pytest.raises(AlignError, match="is a policy .* but a reward model is needed"):
+    with pytest.raises(AlignError, match=r"is a policy .* but a reward model is needed"):
         load_reward_model(str(llama))
 
 

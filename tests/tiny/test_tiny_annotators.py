@@ -135,6 +135,13 @@ def test_settings_switch_kinds_off() -> None:
     assert annotate([]) == []
 
 
+def test_prompts_of_a_single_task_are_enough() -> None:
+    groups = [group for group in _groups() if group["row"]["task"] == "math"]
+    assert {"contrast", "off_topic"} <= {pair["kind"] for pair in annotate(groups)}
+    groups = [group for group in _groups() if group["row"]["task"] == "unsafe"]
+    assert "off_topic" not in {pair["kind"] for pair in annotate(groups)}
+
+
 def test_a_minimal_edit_keeps_the_manner() -> None:
     row = next(row for row in _rows().values() if task_of(row) == "math")
     text = "What a silly question. 77 There are many things one could say about it."
