@@ -377,11 +377,12 @@ def validate(
     from align.config.load import is_pipeline, load_pipeline, load_stage, read_recipe
 
     loaded: Any
-    if is_pipeline(read_recipe(recipe)[0]):
-        loaded = load_pipeline(recipe, sets or [], with_stages=with_stages or [], ready=False)
+    read = read_recipe(recipe)
+    if is_pipeline(read[0]):
+        loaded = load_pipeline(read, sets or [], with_stages=with_stages or [], ready=False)
         kind = "pipeline"
     else:
-        loaded = load_stage(recipe, sets or [], ready=False)
+        loaded = load_stage(read, sets or [], ready=False)
         kind = loaded.kind
     if as_json:
         pending = problems_json(loaded.pending)["problems"]
@@ -440,7 +441,7 @@ def schema(
         close = nearest(kind, KINDS)
         hint = f"did you mean `{close}`?" if close else f"one of {', '.join(KINDS)}"
         fail(f"there is no schema of `{kind}`", hint=hint)
-    print_json(schema_of(kind))
+    print(json.dumps(schema_of(kind)))  # compact: editors read it, and indenting is slow
 
 
 def list_recipes() -> None:

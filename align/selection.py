@@ -19,9 +19,10 @@ def stages_of(
     stage: str | None,
 ) -> list[tuple[str, Loaded]]:
     """Prefix and loaded stage: one for a stage's recipe, all (or `stage`) for a pipeline."""
-    if not is_pipeline(read_recipe(recipe)[0]):
-        return [("", load_stage(recipe, sets or [], ready=False))]
-    stages = load_pipeline(recipe, sets or [], with_stages=with_stages or [], ready=False).stages
+    read = read_recipe(recipe)
+    if not is_pipeline(read[0]):
+        return [("", load_stage(read, sets or [], ready=False))]
+    stages = load_pipeline(read, sets or [], with_stages=with_stages or [], ready=False).stages
     if stage is None:
         return [(f"{name}.", loaded) for name, loaded in stages.items()]
     if stage not in stages:
@@ -50,7 +51,7 @@ def states(place: str, sets: Sequence[str], with_stages: Sequence[str]) -> "Sequ
         if (folder / PIPELINE_FILE).is_file():
             return survey(Plan.read(folder))
         return [run_status(folder)]
-    if is_pipeline(read_recipe(place)[0]):
-        loaded = load_pipeline(place, sets, with_stages=with_stages, ready=False)
-        return survey(Plan.of(loaded))
-    return [run_status(Path(load_stage(place, sets, ready=False).config.output_dir))]
+    read = read_recipe(place)
+    if is_pipeline(read[0]):
+        return survey(Plan.of(load_pipeline(read, sets, with_stages=with_stages, ready=False)))
+    return [run_status(Path(load_stage(read, sets, ready=False).config.output_dir))]

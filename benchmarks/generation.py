@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def main() -> None:
     taken: dict[str, list[Outcome]] = {name: [] for name in rivals}
     for turn in range(options.repeats + 1):
         for name, rival in rivals.items():
-            outcome = timed(lambda rival=rival: rival(model, prompts, stops, options))
+            outcome = timed(partial(rival, model, prompts, stops, options))
             if turn:
                 taken[name].append(outcome)
     for name, outcomes in taken.items():

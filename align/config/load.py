@@ -10,13 +10,11 @@ align; `output_dir` is relative to the current folder.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from align.config.assemble import PipelineReader
 from align.config.draft import Draft, Layer, Override, parse_override
 from align.config.fields import config_class
 from align.config.paths import Trouble
-from align.config.pipeline import PipelineConfig, PipelineStage
 from align.config.problems import RecipeProblem, Source, in_order, shown
 from align.config.references import check, drop_unused
 from align.config.sections import StageConfig
@@ -25,6 +23,9 @@ from align.config.yaml import Document, read
 from align.errors import AlignError, Problem, fail
 from align.resources import display, find_recipe
 from align.stages import STAGES
+
+if TYPE_CHECKING:
+    from align.config.pipeline import PipelineConfig
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Loaded:
 class LoadedPipeline:
     """A pipeline, its stages in order, and where every value comes from."""
 
-    config: PipelineConfig
+    config: "PipelineConfig"
     path: Path
     stages: Mapping[str, Loaded]
     """Name -> stage, also the optional ones that do not run."""
@@ -63,10 +64,18 @@ class LoadedPipeline:
         return found
 
 
-def read_recipe(path: str | Path) -> tuple[Document, Path]:
+Read = tuple[Document, Path]
+"""A recipe as it was read, and its file."""
+
+
+def read_recipe(path: str | Path) -> Read:
     """Read a file or a shipped recipe; syntax errors are AlignErrors with file and line."""
     file = find_recipe(str(path))
     return read(file, display(file)), file
+
+
+def _read(recipe: str | Path | Read) -> Read:
+    return recipe if isinstance(recipe, tuple) else read_recipe(recipe)
 
 
 def is_pipeline(document: Document) -> bool:
@@ -102,7 +111,7 @@ def _kind(document: Document, stage: str | None) -> str:
 
 
 def load_stage(
-    path: str | Path | None,
+    path: str | Path | Read | None,
     overrides: Sequence[str | Override] = (),
     *,
     stage: str | None = None,
@@ -112,7 +121,8 @@ def load_stage(
     """Load the recipe of one stage.
 
     Args:
-        path: a file, or the name of a shipped recipe; None where overrides give everything.
+        path: a file, the name of a shipped recipe, or what `read_recipe` read; None where
+            overrides give everything.
         overrides: `KEY=VALUE` in the order given; a later one wins.
         stage: the stage it must be for; the recipe's own `stage:` when None.
         flags: further values by key, which win over `overrides`.
@@ -122,7 +132,7 @@ def load_stage(
         AlignError: with every problem of the recipe at once.
     """
     nothing = Document("the command line", {}, {}, {}), Path.cwd() / "recipe.yaml"
-    document, file = read_recipe(path) if path is not None else nothing
+    document, file = nothing if path is None else _read(path)
     if is_pipeline(document):
         fail(
             "is a pipeline, not the recipe of one stage",
@@ -160,6 +170,20 @@ def _choose(
     return [name for name in names if name not in optional or name in with_stages], problems
 
 
+def _complete(
+    drafts: Mapping[str, Draft], chosen: Sequence[str]
+) -> tuple[dict[str, StageConfig], list[RecipeProblem]]:
+    """The configs of all stages, and the inputs that stages which run still lack."""
+    configs: dict[str, StageConfig] = {}
+    pending: list[RecipeProblem] = []
+    for name, draft in drafts.items():
+        config, missing = draft.complete(in_pipeline=True)
+        pending += missing if name in chosen else []
+        if config is not None:
+            configs[name] = config
+    return configs, pending
+
+
 def _connect(
     name: str,
     drafts: Mapping[str, Draft],
@@ -182,7 +206,7 @@ def _connect(
 
 
 def load_pipeline(
-    path: str | Path,
+    path: str | Path | Read,
     overrides: Sequence[str | Override] = (),
     *,
     with_stages: Sequence[str] = (),
@@ -191,7 +215,7 @@ def load_pipeline(
     """Load a pipeline and check every stage of it, the optional ones too.
 
     Args:
-        path: a file, or the name of a shipped pipeline.
+        path: a file, the name of a shipped pipeline, or what `read_recipe` read.
         overrides: `STAGE.KEY=VALUE`, `defaults.KEY=VALUE` or `output_dir=VALUE`; a later one wins.
         with_stages: optional stages that are to run.
         ready: refuse inputs that another run has to write first; else they are listed in `pending`.
@@ -199,7 +223,10 @@ def load_pipeline(
     Raises:
         AlignError: with every problem of every stage at once.
     """
-    document, file = read_recipe(path)
+    from align.config.assemble import PipelineReader
+    from align.config.pipeline import PipelineConfig, PipelineStage
+
+    document, file = _read(path)
     if not is_pipeline(document):
         kind = document.data.get("stage")
         known = isinstance(kind, str) and kind in STAGES
@@ -212,34 +239,24 @@ def load_pipeline(
     drafts, optional = reader.drafts(), reader.optional()
     chosen, wrong = _choose(optional, list(reader.mapping("stages")), with_stages)
     problems += wrong
-    configs: dict[str, StageConfig] = {}
-    pending: list[RecipeProblem] = []
     for name, draft in drafts.items():
         draft.override(Override("output_dir", str(Path(output_dir) / name), output_origin))
-        config, missing = draft.complete(in_pipeline=True)
-        pending += missing if name in chosen else []
-        if config is not None:
-            configs[name] = config
+    configs, pending = _complete(drafts, chosen)
     if list(configs) == list(reader.mapping("stages")):
         for name in configs:
             _connect(name, drafts, configs, optional, chosen)
-    for draft in drafts.values():
-        problems += draft.problems
+    problems += [problem for draft in drafts.values() for problem in draft.problems]
     if problems:
         # A mistake in the shared defaults is found in each stage that has the key, and told once.
         raise AlignError(*in_order(problems))
     if ready and pending:
         raise AlignError(*pending)
-    stages = {
-        name: Loaded(config, drafts[name].kind, file, drafts[name].origins())
-        for name, config in configs.items()
-    }
-    parts = {
-        name: PipelineStage(config=config, optional=name in optional)
-        for name, config in configs.items()
-    }
-    config_of_all = PipelineConfig(output_dir=output_dir, stages=parts)
-    return LoadedPipeline(config_of_all, file, stages, tuple(chosen), output_origin, tuple(pending))
+    stages, parts = {}, {}
+    for name, config in configs.items():
+        stages[name] = Loaded(config, drafts[name].kind, file, drafts[name].origins())
+        parts[name] = PipelineStage(config=config, optional=name in optional)
+    whole = PipelineConfig(output_dir=output_dir, stages=parts)
+    return LoadedPipeline(whole, file, stages, tuple(chosen), output_origin, tuple(pending))
 
 
 __all__ = [

@@ -7,18 +7,17 @@ depth and the growth by aliases are bounded.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
-from yaml.composer import ComposerError
 
 from align.config.problems import KeyPath as KeyPath
 from align.config.problems import RecipeProblem
 from align.config.problems import dotted as dotted
-from align.errors import AlignError, fail
+from align.errors import AlignError, Problem, fail
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
@@ -26,6 +25,9 @@ MAX_NODES = 50_000
 """Values of a file with every alias written out."""
 
 TAG = "tag:yaml.org,2002:"
+
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Only its parser is used: ten times faster in C, where PyYAML was built with it."""
 
 
 @dataclass(frozen=True)
@@ -55,63 +57,95 @@ def _number(text: str) -> float:
 
 _EXPONENT = r"(?:[eE][-+]?[0-9]+)"
 
-_SCALARS = (
-    ("null", re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""], lambda text: None),
-    (
-        "bool",
+_SCALARS: dict[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
+    "null": (re.compile(r"~|null|Null|NULL|"), lambda text: None),
+    "bool": (
         re.compile(r"true|True|TRUE|false|False|FALSE"),
-        list("tTfF"),
         lambda text: text.lower() == "true",
     ),
-    (
-        "int",
-        re.compile(r"[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+|0o[0-7]+"),
-        list("-+0123456789"),
-        _whole,
-    ),
-    (
-        "float",
+    "int": (re.compile(r"[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+|0o[0-7]+"), _whole),
+    "float": (
         re.compile(
             rf"[-+]?(?:\.[0-9]+{_EXPONENT}?|[0-9]+\.[0-9]*{_EXPONENT}?|[0-9]+{_EXPONENT})"
             r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
         ),
-        list("-+.0123456789"),
         _number,
     ),
-)
-"""Name, form, first characters and conversion of the scalars that are no text."""
-
-_CONVERT = {TAG + name: convert for name, _, _, convert in _SCALARS}
-_FORM = {TAG + name: form for name, form, _, _ in _SCALARS}
+}
+"""Form and conversion of the scalars that are no text."""
 
 
 def plain(text: str) -> Any:
     """The value of an unquoted scalar: None, a boolean, a number, or the text itself."""
-    for _, form, _, convert in _SCALARS:
+    for form, convert in _SCALARS.values():
         if form.fullmatch(text):
             return convert(text)
     return text
 
 
-class _Loader(yaml.SafeLoader):
-    """Composes nodes with the scalars above; constructs nothing."""
+@dataclass(slots=True)
+class _Node:
+    """A value as the file has it."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
-    depth = 0
+    kind: str
+    """`map`, `seq` or `str`."""
+    value: Any
+    """Pairs of nodes, nodes, or text."""
+    line: int
+    tag: str | None = None
+    """A tag that the file gives."""
+    plain: bool = False
+    """Text without quotes, which may be no text."""
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise ComposerError(None, None, f"nested deeper than {MAX_DEPTH} levels", mark)
-        node: yaml.Node | None = super().compose_node(parent, index)
-        self.depth -= 1
+
+class _Composer:
+    """Makes nodes of a parser's events; knows anchors, and how deep it is."""
+
+    def __init__(self, name: str, events: Iterator[Any]) -> None:
+        self.name = name
+        self.events = events
+        self.anchors: dict[str, _Node] = {}
+
+    def document(self) -> _Node | None:
+        """The root of the only document; None where the file holds nothing."""
+        next(self.events)  # the start of the stream
+        if isinstance(next(self.events), yaml.StreamEndEvent):
+            return None
+        root = self.node(next(self.events), 1)
+        next(self.events)  # the end of the document
+        after = next(self.events)
+        if not isinstance(after, yaml.StreamEndEvent):
+            self.fail(after, "a recipe is one document", "leave out what comes from `---` on")
+        return root
+
+    def node(self, event: Any, depth: int) -> _Node:
+        line = event.start_mark.line + 1
+        if depth > MAX_DEPTH:
+            self.fail(event, f"nested deeper than {MAX_DEPTH} levels")
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in self.anchors:
+                hint = "an `*alias` needs its `&anchor` above; quote text that begins with `*`"
+                self.fail(event, f"undefined alias `*{event.anchor}`", hint)
+            return self.anchors[event.anchor]
+        if isinstance(event, yaml.ScalarEvent):
+            node = _Node("str", event.value, line, event.tag, event.implicit[0])
+        elif isinstance(event, yaml.SequenceStartEvent):
+            node = _Node("seq", list(self.items(yaml.SequenceEndEvent, depth)), line, event.tag)
+        else:
+            parts = list(self.items(yaml.MappingEndEvent, depth))
+            pairs = list(zip(parts[::2], parts[1::2], strict=True))
+            node = _Node("map", pairs, line, event.tag)
+        if event.anchor:
+            self.anchors[event.anchor] = node
         return node
 
+    def items(self, end: type[Any], depth: int) -> Iterator[_Node]:
+        while not isinstance(event := next(self.events), end):
+            yield self.node(event, depth + 1)
 
-for _name, _form, _first, _ in _SCALARS:
-    _Loader.add_implicit_resolver(TAG + _name, re.compile(f"(?:{_form.pattern})$"), _first)
-_Loader.add_implicit_resolver(TAG + "merge", re.compile(r"<<$"), ["<"])
+    def fail(self, event: Any, message: str, hint: str | None = None) -> NoReturn:
+        line = event.start_mark.line + 1
+        raise AlignError(_at(self.name, line, f"not valid YAML: {message}", hint))
 
 
 @dataclass
@@ -124,66 +158,67 @@ class _Reader:
     problems: list[RecipeProblem] = field(default_factory=list)
     nodes: int = 0
 
-    def problem(self, node: yaml.Node, message: str, hint: str | None = None) -> None:
-        self.problems.append(_at(self.name, node.start_mark.line + 1, message, hint))
+    def problem(self, node: _Node, message: str, hint: str | None = None) -> None:
+        self.problems.append(_at(self.name, node.line, message, hint))
 
-    def value(self, node: yaml.Node, path: KeyPath) -> Any:
+    def value(self, node: _Node, path: KeyPath) -> Any:
         self.nodes += 1
         if self.nodes > MAX_NODES or len(path) > MAX_DEPTH:
             hint = f"write the values out; a recipe has at most {MAX_NODES:,} of them"
             message = "aliases make this file grow without bound"
-            raise AlignError(_at(self.name, node.start_mark.line + 1, message, hint))
+            raise AlignError(_at(self.name, node.line, message, hint))
         if path:
-            self.lines.setdefault(path, node.start_mark.line + 1)
-        if isinstance(node, yaml.MappingNode) and node.tag == TAG + "map":
+            self.lines.setdefault(path, node.line)
+        if node.tag not in (None, "!", TAG + node.kind):
+            return self.tagged(node, path)
+        if node.kind == "map":
             return self.mapping(node, path)
-        if isinstance(node, yaml.SequenceNode) and node.tag == TAG + "seq":
+        if node.kind == "seq":
             return [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
-        return self.scalar(node, path)
+        found = plain(node.value) if node.plain else node.value
+        if not isinstance(found, str):
+            self.texts[path] = node.value
+        return found
 
-    def scalar(self, node: yaml.Node, path: KeyPath) -> Any:
-        if node.tag == TAG + "str" and isinstance(node, yaml.ScalarNode):
-            return node.value
-        if node.tag == TAG + "merge":
-            return node.value
-        form = _FORM.get(node.tag)
-        if form is None or not form.fullmatch(node.value):
-            shown = node.tag.replace(TAG, "!!")
-            self.problem(node, f"the tag `{shown}` is not allowed here", "write the plain value")
-            return None
-        self.texts[path] = node.value
-        return _CONVERT[node.tag](node.value)
+    def tagged(self, node: _Node, path: KeyPath) -> Any:
+        """A value with a tag: `!!int 3` is as good as `3`, and no other tag is allowed."""
+        name = str(node.tag).removeprefix(TAG)
+        form, convert = _SCALARS.get(name, (None, None))
+        if form and convert and node.kind == "str" and form.fullmatch(node.value):
+            self.texts[path] = node.value
+            return convert(node.value)
+        shown = str(node.tag).replace(TAG, "!!")
+        self.problem(node, f"the tag `{shown}` is not allowed here", "write the plain value")
+        return None
 
-    def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+    def mapping(self, node: _Node, path: KeyPath) -> dict[str, Any]:
         merged: dict[str, Any] = {}
         own: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            if key_node.tag == TAG + "merge":
+            key = key_node.value
+            if key_node.plain and key == "<<":
                 merged = {**self.merge(value_node, path), **merged}
                 continue
-            if not isinstance(key_node, yaml.ScalarNode) or not key_node.value:
+            if key_node.kind != "str" or not key:
                 self.problem(key_node, "a key must be a name")
                 continue
-            key = key_node.value
-            line = key_node.start_mark.line + 1
             if key in own:
                 first = self.lines[*path, key]
                 message = f"`{dotted((*path, key))}` is given twice (first in line {first})"
                 self.problem(key_node, message, "keep one of the two")
                 continue
-            self.lines[*path, key] = line
+            self.lines[*path, key] = key_node.line
             known = len(self.problems)
             value = self.value(value_node, (*path, key))
             if value is not None or len(self.problems) == known:  # no mistake is told twice
                 own[key] = value
         return {**merged, **own}
 
-    def merge(self, node: yaml.Node, path: KeyPath) -> dict[str, Any]:
+    def merge(self, node: _Node, path: KeyPath) -> dict[str, Any]:
         """What `<<: *anchor` brings in; of several mappings the first wins."""
-        sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
         merged: dict[str, Any] = {}
-        for source in reversed(sources):
-            if not isinstance(source, yaml.MappingNode):
+        for source in reversed(node.value if node.kind == "seq" else [node]):
+            if source.kind != "map":
                 self.problem(source, "`<<` takes a mapping or a list of mappings")
                 continue
             merged.update(self.value(source, path))
@@ -191,20 +226,11 @@ class _Reader:
 
 
 _HINTS = (
-    (
-        "cannot start any token",
-        "indent with spaces, and quote text with special characters",
-    ),
-    (
-        "mapping values are not allowed",
-        'put text that holds ": " in quotes, and check the indentation',
-    ),
+    ("tab character", "indent with spaces"),
+    ("cannot start any token", "indent with spaces, and quote text with special characters"),
+    ("mapping values are not allowed", 'quote text that holds ": ", and check the indentation'),
     ("could not find expected ':'", "each line of a mapping has the form `key: value`"),
-    ("expected <block end>", "check the indentation of this line"),
-    (
-        "undefined alias",
-        "an `*alias` needs its `&anchor` above it; quote text that begins with `*`",
-    ),
+    ("expected", "check the brackets, the quotes and the indentation"),
 )
 
 
@@ -213,11 +239,12 @@ def _at(name: str, line: int | None, message: str, hint: str | None = None) -> R
     return RecipeProblem(message, where, hint, file=name, line=line)
 
 
-def _syntax(name: str, error: yaml.YAMLError) -> RecipeProblem:
+def _syntax(name: str, error: yaml.YAMLError, lines: int) -> RecipeProblem:
     mark = getattr(error, "problem_mark", None)
     words = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
     hint = next((hint for part, hint in _HINTS if part in words), None)
-    return _at(name, mark.line + 1 if mark else None, f"not valid YAML: {words}", hint)
+    line = min(mark.line + 1, lines) if mark else None
+    return _at(name, line, f"not valid YAML: {words}", hint)
 
 
 def parse(text: str, name: str) -> Document:
@@ -228,16 +255,11 @@ def parse(text: str, name: str) -> Document:
     """
     if len(text) > MAX_BYTES:
         fail(f"larger than {MAX_BYTES:,} characters", where=name, hint="a recipe is a short file")
-    loader = None
-    try:
-        loader = _Loader(text)
-        root = loader.get_single_node()
-    except yaml.YAMLError as error:
-        raise AlignError(_syntax(name, error)) from None
-    finally:
-        if loader is not None:
-            loader.dispose()
     reader = _Reader(name)
+    try:
+        root = _Composer(name, yaml.parse(text, Loader=LOADER)).document()
+    except yaml.YAMLError as error:
+        raise AlignError(_syntax(name, error, max(1, len(text.splitlines())))) from None
     if root is None:
         return Document(name, {}, {}, {})
     data = reader.value(root, ())
@@ -277,9 +299,13 @@ def parse_value(text: str, name: str) -> tuple[Any, dict[KeyPath, str]]:
     if text[:1] not in ("[", "{", '"', "'"):
         value = plain(text)
         return value, {} if isinstance(value, str) else {(): text}
-    document = parse(f"value: {text}", name)
-    if document.problems:
-        fail(document.problems[0].message, where=name, hint=document.problems[0].hint)
+    try:
+        document = parse(f"value: {text}", name)
+        problems: tuple[Problem, ...] = document.problems
+    except AlignError as error:
+        problems = error.problems
+    if problems:
+        fail(problems[0].message, where=name, hint=problems[0].hint)
     texts = {path[1:]: written for path, written in document.texts.items()}
     if set(document.data) != {"value"}:
         fail("holds more than one value", where=name)

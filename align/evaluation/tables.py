@@ -8,7 +8,6 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from align.report.progress import duration, short
 from align.report.tables import interval
 from align.report.terminal import sanitise
 
@@ -34,7 +33,7 @@ def main_table(results: Results) -> Table:
     heads = ["score"] if results["judge"] else []
     heads += ["reward"] if results["reward_model"] else []
     heads += ["KL"] if results["reference"] else []
-    heads += ["ended", "repeats", "tokens", "time"]
+    heads += ["ended"]
     heads += [f"against {results['baseline']}"] if results["baseline"] else []
     rows = [(row, _main_cells(results, row)) for row in results["rows"]]
     return _table(title, heads, rows)
@@ -47,8 +46,7 @@ def _main_cells(results: Results, row: Row) -> list[str]:
         cells.append(_mean(row["reward"]) if results["judge"] else interval(row["reward"]))
     if results["reference"]:
         cells.append(_mean(row["kl"] and row["kl"]["k1"]))
-    cells += [f"{row['ended']['mean']:.0%}", f"{row['duplicates']:.0%}"]
-    cells += [short(row["tokens_in_all"]), duration(row["seconds"])]
+    cells.append(f"{row['ended']['mean']:.0%}")
     return cells + ([_difference(row)] if results["baseline"] else [])
 
 
@@ -60,19 +58,14 @@ def parts_table(results: Results) -> Table:
 
 
 def task_table(results: Results) -> Table:
-    """Score, and correctness where the judge gives it, by task: what a mean over tasks hides."""
-    parts = [part for part in ("score", "correct") if part in results["rows"][0]["scores"]]
+    """Correctness by task (the score where the judge knows no more): what a mean hides."""
+    part = "correct" if "correct" in results["rows"][0]["scores"] else "score"
     heads = [f"{task} ({count})" for task, count in results["tasks"].items()]
     rows = [
-        (row, [_task_cell(row, task, parts) for task in results["tasks"]])
+        (row, [_short(row["tasks"][task]["scores"][part]["mean"]) for task in results["tasks"]])
         for row in results["rows"]
     ]
-    return _table(f"{'/'.join(parts)} by task", heads, rows)
-
-
-def _task_cell(row: Row, task: str, parts: Sequence[str]) -> str:
-    means = (row["tasks"][task]["scores"][part]["mean"] for part in parts)
-    return "/".join(f"{mean:.2f}".removeprefix("0") for mean in means)
+    return _table(f"{part} by task", heads, rows)
 
 
 def refusal_table(results: Results) -> Table:
@@ -87,13 +80,17 @@ def refusal_table(results: Results) -> Table:
 def _table(title: str, heads: Sequence[str], rows: Sequence[tuple[Row, Sequence[str]]]) -> Table:
     close = (0, 1, 0, 0)
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=close, pad_edge=False)
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for head in ("T", *heads):
-        table.add_column(Text(sanitise(head)), justify="right")
+        table.add_column(Text(sanitise(head)), justify="right", no_wrap=" " not in head)
     for row, cells in rows:
         every = [row["label"], f"{row['temperature']:g}", *cells]
         table.add_row(*(Text(sanitise(cell)) for cell in every))
     return table
+
+
+def _short(mean: float) -> str:
+    return f"{mean:.2f}".removeprefix("0")
 
 
 def _mean(found: Row | None) -> str:

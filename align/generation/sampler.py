@@ -76,18 +76,9 @@ def sample_completions(
     """
     decoding = Decoding(max_new_tokens, tuple(stop_ids), temperature, top_p, top_k)
     drawn = 1 if decoding.greedy else num_generations
-    # Few large requests would wait for one another: a request needs as many free rows at once.
-    at_once = drawn if 2 * drawn <= batch_size else max(1, batch_size // 4)
-    row_of: dict[int, int] = {}
-    requests = []
-    for row, prompt in enumerate(prompts):
-        index = row if indices is None else indices[row]
-        if not prompt:
-            fail("the prompt has no tokens, so nothing can follow it", where=f"row {index + 1}")
-        row_of[index] = row
-        for first in range(0, drawn, at_once):
-            last = min(first + at_once, drawn)
-            requests.append(Request(index, prompt, range(first, last)))
+    places = list(range(len(prompts)) if indices is None else indices)
+    requests = _requests(prompts, places, drawn, batch_size)
+    row_of = {place: row for row, place in enumerate(places)}
     found: list[list[Any]] = [[None] * drawn for _ in prompts]
     written = 0
     with inference(model):
@@ -99,6 +90,20 @@ def sample_completions(
             if on_batch and (count % batch_size == 0 or count == len(prompts) * drawn):
                 on_batch(count, written)
     return [row * (num_generations // drawn) for row in found]
+
+
+def _requests(
+    prompts: Sequence[Sequence[int]], places: Sequence[int], drawn: int, batch_size: int
+) -> list[Request]:
+    # Few large requests would wait for one another: a request needs as many free rows at once.
+    at_once = drawn if 2 * drawn <= batch_size else max(1, batch_size // 4)
+    requests = []
+    for place, prompt in zip(places, prompts, strict=True):
+        if not prompt:
+            fail("the prompt has no tokens, so nothing can follow it", where=f"row {place + 1}")
+        for first in range(0, drawn, at_once):
+            requests.append(Request(place, prompt, range(first, min(first + at_once, drawn))))
+    return requests
 
 
 @contextmanager

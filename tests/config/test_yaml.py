@@ -5,10 +5,11 @@ from contextlib import suppress
 from itertools import pairwise
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.config.yaml import MAX_BYTES, MAX_DEPTH, parse, parse_value, plain, read
+from align.config.yaml import LOADER, MAX_BYTES, MAX_DEPTH, parse, parse_value, plain, read
 from align.errors import AlignError
 
 SCALARS = [
@@ -65,7 +66,9 @@ SCALARS = [
 
 
 @pytest.mark.parametrize(("text", "value"), SCALARS, ids=[text or "empty" for text, _ in SCALARS])
-def test_scalars_are_what_a_person_means(text, value):
+@pytest.mark.parametrize("loader", [yaml.SafeLoader, LOADER])
+def test_scalars_are_what_a_person_means(text, value, loader, monkeypatch):
+    monkeypatch.setattr("align.config.yaml.LOADER", loader)
     found = parse(f"key: {text}\n", "r.yaml").data["key"]
     assert found == value
     assert type(found) is type(value)
@@ -108,20 +111,22 @@ def test_merge_keys_give_way_to_own_keys():
     ("text", "line", "part"),
     [
         ("a: 1\nb: [1\nc: 2\n", 3, "expected"),
-        ("a: 1\n\tb: 2\n", 2, "cannot start any token"),
+        ("a:\n\tb: 2\n", 2, "cannot start any token"),
         ("a: b: c\n", 1, "mapping values are not allowed"),
         ("a: 1\nb: *c\n", 2, "undefined alias"),
         ("[1, 2]\n", 1, "holds a list"),
         ("text\n", 1, "holds a single value"),
-        ("a: 1\n---\nb: 1\n", 2, "another document"),
+        ("a: 1\n---\nb: 1\n", 2, "one document"),
         ("x" * (MAX_BYTES + 1), None, "larger than"),
         ("a: " + "[" * (MAX_DEPTH + 1), 1, "nested deeper"),
         ("a: " + "[" * 200_000, 1, "nested deeper"),
-        ("a: &a [*a]\n", 1, "aliases"),
-        ("a: \x00", None, "special characters"),
+        ("a: &a [*a]\n", 1, "undefined alias"),
+        ("a: \x00", None, "not allowed"),
     ],
 )
-def test_broken_files_are_one_problem_with_a_line(text, line, part):
+@pytest.mark.parametrize("loader", [yaml.SafeLoader, LOADER])
+def test_broken_files_are_one_problem_with_a_line(text, line, part, loader, monkeypatch):
+    monkeypatch.setattr("align.config.yaml.LOADER", loader)
     with pytest.raises(AlignError) as caught:
         parse(text, "r.yaml")
     (problem,) = caught.value.problems
