@@ -388,9 +388,12 @@ def validate(
         pending = problems_json(loaded.pending)["problems"]
         print_json({"ok": True, "kind": kind, "problems": [], "pending": pending})
         return
-    print(f"{recipe}: a valid {kind} recipe" if kind in STAGES else f"{recipe}: a valid pipeline")
+    from align.report.terminal import sanitise
+
+    said = f"a valid {kind} recipe" if kind in STAGES else "a valid pipeline"
+    print(sanitise(f"{recipe}: {said}"))
     for note in loaded.pending:
-        print(f"    {note.where}: {note.message}")
+        print(sanitise(f"    {note.where}: {note.message}"))
 
 
 def inspect_rows(

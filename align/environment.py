@@ -36,13 +36,15 @@ LAUNCH_VARIABLES = (
 )
 
 SECRET = re.compile(
-    r"hf_[A-Za-z0-9]{8,}"
+    r"(?<![\w-])(?:"
+    r"hf_(?=\w*[A-Z])[A-Za-z0-9]{20,}"
     r"|gh[pousr]_[A-Za-z0-9]{16,}"
     r"|github_pat_\w{16,}"
-    r"|sk-[A-Za-z0-9_-]{16,}"
-    r"|AKIA[A-Z0-9]{16}"
+    r"|sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[A-Za-z0-9_-]{20,}"
+    r"|AKIA[A-Z0-9]{16})"
 )
-"""Keys of Hugging Face, GitHub, AWS, and those that begin with `sk-`."""
+"""Keys of Hugging Face, GitHub, AWS, and those that begin with `sk-`: a path such as
+`runs/task-specific` or `hf_checkpoints` is none of them."""
 
 SECRET_NAME = r"[\w.-]*(?:(?:hub|access|auth|hf)[_-]?token|api[_-]?key|password|secret)"
 
@@ -76,7 +78,7 @@ def scrub_arguments(arguments: list[str]) -> list[str]:
 
 
 @cache
-def _version(library: str) -> str | None:
+def library_version(library: str) -> str | None:
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
@@ -114,7 +116,7 @@ def environment() -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "memory_bytes": int(memory) * 1024 if memory else None,
         "accelerators": _accelerators(),
-        "versions": {name: found for name in LIBRARIES if (found := _version(name))},
+        "versions": {name: found for name in LIBRARIES if (found := library_version(name))},
         "launch": {name: os.environ[name] for name in LAUNCH_VARIABLES if name in os.environ},
         "command": scrub_arguments(sys.argv),
     }

@@ -21,7 +21,9 @@ from align.config.paths import DATA_KEYS, MODEL_KEYS
 from align.config.sections import DataSection, StageConfig
 from align.data.fingerprint import describe_sources
 from align.durable import read_json, write_json
+from align.environment import library_version
 from align.resources import find_path
+from align.stages import STAGES
 
 NOT_IN_RESULT = (
     "output_dir",
@@ -34,6 +36,9 @@ NOT_IN_RESULT = (
     "trainer.save_steps",
     "trainer.save_total_limit",
     "trainer.report_to",
+    "generation.generation_batch_size",
+    "scorer.score_batch_size",
+    "score_batch_size",
 )
 """Keys that change the speed, the log or the place of a run, and not its artifact."""
 
@@ -53,7 +58,7 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
 ROOMS = {
     "sft": ("data", "models", "training"),
-    "reward": ("data", "models", "training"),
+    "reward": ("data", "models", "training", "generation", "evaluation"),
     "dpo": ("data", "models", "training"),
     "sample": ("data", "models", "generation", "evaluation", "tiny"),
     "eval": ("data", "models", "generation", "evaluation", "tiny"),
@@ -62,6 +67,9 @@ ROOMS = {
 
 NOT_IN_CODE = ("training/callbacks.py", "training/checkpoints.py", "tiny/pretrain.py")
 """Files of those packages that watch, save or prepare, and change no result."""
+
+LIBRARIES = ("torch", "transformers", "trl", "peft")
+"""Libraries whose version may change a result."""
 
 CACHED_FROM = 64 * 2**20
 """Hashes of files from this size on are remembered; smaller files take milliseconds."""
@@ -139,11 +147,11 @@ def code_digest(stage: str | None = None) -> str:
     """sha256 over the sources that decide a stage's result (all result-relevant ones for None)."""
     root = Path(__file__).parent
     every = sorted({room for rooms in ROOMS.values() for room in rooms})
-    files = {
-        path.relative_to(root).as_posix(): path
-        for room in ROOMS.get(stage or "", every)
-        for path in folder_files(root / room, "*.py", "*.jinja")
-    }
+    rooms = ROOMS.get(stage or "", every)
+    own = STAGES[stage].split(":")[0].rpartition(".")[2] if stage in STAGES else "*"
+    paths = [path for room in rooms for path in folder_files(root / room, "*.py", "*.jinja")]
+    paths += folder_files(root / "stages", f"{own}.py")
+    files = {path.relative_to(root).as_posix(): path for path in paths}
     return digest_of(
         {name: read_sha256(path) for name, path in files.items() if name not in NOT_IN_CODE}
     )
@@ -242,7 +250,13 @@ def identify(config: StageConfig) -> Identity:
         for key, facts in inputs.items()
     }
     stage = str(recipe.get("stage"))
-    parts = {"stage": stage, "recipe": recipe, "inputs": contents, "code": code_digest(stage)}
+    parts = {
+        "stage": stage,
+        "recipe": recipe,
+        "inputs": contents,
+        "code": code_digest(stage),
+        "libraries": {name: library_version(name) for name in LIBRARIES},
+    }
     return Identity(inputs, parts)
 
 

@@ -109,7 +109,8 @@ class _Walk:
                 name: {
                     "kind": plan.kind(name),
                     "needs": list(plan.needs(name)),
-                    "config": config.model_dump(mode="json", exclude_unset=True),
+                    "config": config.model_dump(mode="json", exclude_unset=True)
+                    | {"output_dir": str(output_path(config))},
                 }
                 for name, config in plan.configs.items()
             },

@@ -6,6 +6,7 @@ name is imported when the name is used.
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from align.config.suggest import nearest
@@ -43,9 +44,18 @@ def registered(kind: Kind) -> dict[str, Any]:
     return JUDGES if kind == "judge" else PAIR_RULES
 
 
+def adopt_plugins(kind: Kind) -> None:
+    """Add what installed packages offer under the entry points `align.judges` and `align.pair_rules`."""
+    group = {"judge": "align.judges", "pair rule": "align.pair_rules"}[kind]
+    for point in entry_points(group=group):
+        registered(kind).setdefault(point.name, point.value)
+
+
 def check(kind: Kind, name: str) -> str | None:
     """None for a registered name, else the hint that leads to one."""
     known = registered(kind)
+    if name not in known:
+        adopt_plugins(kind)
     if name in known:
         return None
     close = nearest(name, known)

@@ -15,7 +15,7 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
-        use_attribute_docstrings=True,
+        defer_build=True,
         protected_namespaces=(),
         allow_inf_nan=False,
     )

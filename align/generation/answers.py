@@ -139,6 +139,7 @@ class RewardModel:
         self.scorer = RewardScorer(model, self.tokenizer)
         self.batch_size = batch_size
         self.turn_end = end_of_turn_ids(self.tokenizer)[0]
+        self.text_end = self.tokenizer.eos_token_id
 
     def rewards(
         self,
@@ -146,7 +147,7 @@ class RewardModel:
         groups: Sequence[Group],
         tokenizer: PreTrainedTokenizerBase,
     ) -> list[list[float]]:
-        """The reward of every answer; each is closed by the token that ends a turn.
+        """The reward of every answer; each is closed by the token that ends a turn (or a text).
 
         Args:
             prompts: the groups' prompts, in the same order.
@@ -156,7 +157,7 @@ class RewardModel:
         """
         if same_tokens(tokenizer, self.tokenizer):
             sequences = [
-                [*prompt.ids, *answer.ids, self.turn_end]
+                [*prompt.ids, *answer.ids, self._end(prompt)]
                 for prompt, group in zip(prompts, groups, strict=True)
                 for answer in group.answers
             ]
@@ -164,6 +165,11 @@ class RewardModel:
             sequences = self._rendered(prompts, groups)
         rewards = iter(self.scorer.score(sequences, self.batch_size))
         return [[next(rewards) for _ in group.answers] for group in groups]
+
+    def _end(self, prompt: Prompt) -> int:
+        """What training rows end in: chats in an end of turn, plain texts in an end of text."""
+        plain = isinstance(prompt.row["prompt"], str)
+        return self.text_end if plain else self.turn_end
 
     def _rendered(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> list[list[int]]:
         rows = [

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, TaskType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align.config.sections import LoraSection
+from align.config.sections import LoraSection, ModelSection
 from align.errors import fail
+from align.models.identity import require_adapter
 from align.models.tokenizer import control_token_ids
 
 
@@ -17,6 +19,7 @@ def lora_config(
     *,
     reward: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    model: PreTrainedModel | PeftModel | None = None,
 ) -> LoraConfig | None:
     """PEFT's settings of a LoRA section; None when every parameter is trained.
 
@@ -25,11 +28,16 @@ def lora_config(
     """
     if not lora.use_peft:
         return None
-    tokens = lora.trainable_token_indices
+    tokens: Any = lora.trainable_token_indices
     if tokens == "control":
         if tokenizer is None:
             fail("`control` needs the stage's tokenizer", where="lora.trainable_token_indices")
         tokens = control_token_ids(tokenizer)
+    if tokens and model is not None and _has_own_head(model):
+        # The rows of an untied head write these tokens; trained inputs alone would only read them.
+        head = model.get_output_embeddings()
+        name = next(name for name, module in model.named_modules() if module is head)
+        tokens = {"embed_tokens": tokens, name.rpartition(".")[2]: tokens}
     saved = list(lora.lora_modules_to_save or [])
     if reward and "score" not in saved:
         saved.append("score")
@@ -47,7 +55,26 @@ def lora_config(
     )
 
 
-def expose_tied_head(model: PreTrainedModel | PeftModel) -> None:
+def _has_own_head(model: PreTrainedModel | PeftModel) -> bool:
+    head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight is not inputs.weight
+
+
+def copy_reference(model: PreTrainedModel | PeftModel) -> None:
+    """Finish TRL's frozen copy `ref` of a continued adapter.
+
+    TRL copies weights with `.default.` in their names; those that end in `.default` (trained token
+    rows, adapters of embeddings) would keep what they had at their start.
+    """
+    if not isinstance(model, PeftModel) or "ref" not in model.peft_config:
+        return
+    for name, weight in model.named_parameters():
+        if name.endswith(".default"):
+            with torch.no_grad():
+                model.get_parameter(name.removesuffix("default") + "ref").copy_(weight)
+
+
+def expose_trained_head(model: PreTrainedModel | PeftModel) -> None:
     """Let fused losses read the output head when its rows are trained through tied embeddings.
 
     PEFT wraps such a head and answers `weight` with the trained rows in place, but has no `bias`,
@@ -78,18 +105,30 @@ def name_base(folder: Path, *, base: str, revision: str | None) -> None:
 
 
 UNJOINABLE = ("use_dora", "modules_to_save", "trainable_token_indices")
+OWN_UNJOINABLE = ("use_dora", "lora_modules_to_save", "trainable_token_indices")
 
 
-def require_joinable(adapter: str) -> None:
-    """Refuse an adapter that is more than plain LoRA, and so cannot be joined with another."""
-    config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
-    for key in UNJOINABLE:
-        if config.get(key):
-            fail(
-                f"has `{key}`, so no single adapter can hold it and a new one",
-                where=adapter,
-                hint="set merge_adapter: true, which writes a full model",
-            )
+def check_joinable(section: ModelSection, lora: LoraSection, *, merge_adapter: bool) -> None:
+    """Refuse, before anything is trained, a stacked adapter that could not be saved with the new one.
+
+    One adapter can hold the sum of two only where both are plain LoRA over named modules.
+    """
+    old = section.adapter_name_or_path
+    joined = old and section.adapter_mode == "stack" and lora.use_peft and not merge_adapter
+    if not joined:
+        return
+    assert old is not None
+    config = require_adapter(old, key="adapter_name_or_path").config or {}
+    found = [key for key in UNJOINABLE if config.get(key)]
+    new = [key for key in OWN_UNJOINABLE if getattr(lora, key)]
+    if found or new:
+        both = [f"the old one has `{key}`" for key in found]
+        both += [f"the new one has `{key}`" for key in new]
+        fail(
+            f"cannot be joined with a new adapter into one: {', '.join(both)}",
+            where=f"model.adapter_name_or_path: {old}",
+            hint="set merge_adapter: true, which writes a full model",
+        )
 
 
 def join_adapters(base: PreTrainedModel, first: str, second: str, folder: Path) -> None:
@@ -97,8 +136,6 @@ def join_adapters(base: PreTrainedModel, first: str, second: str, folder: Path) 
 
     Concatenating the factors adds the products, so the joined rank is the sum of both ranks.
     """
-    for adapter in (first, second):
-        require_joinable(adapter)
     model = PeftModel.from_pretrained(base, first, adapter_name="first")
     model.load_adapter(second, adapter_name="second")
     model.add_weighted_adapter(

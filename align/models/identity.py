@@ -74,6 +74,12 @@ def look_at(path: str, revision: str | None = None) -> Artifact:
     """Say what `path` holds. Raises AlignError where it is no model and no adapter."""
     adapter_file = _config_file(path, "adapter_config.json", revision)
     if adapter_file is not None:
+        if _config_file(path, "adapter_model.safetensors", revision) is None:
+            fail(
+                "holds no adapter_model.safetensors, and align reads no pickle files",
+                where=path,
+                hint="save the adapter again with safe_serialization=True",
+            )
         adapter = _read_json(adapter_file)
         kind: Kind = "reward_adapter" if adapter.get("task_type") == "SEQ_CLS" else "adapter"
         return Artifact(

@@ -94,6 +94,9 @@ def _from_pretrained(loader: Any, path: str, arguments: dict[str, Any]) -> PreTr
                 hint="convert the checkpoint once with save_pretrained(safe_serialization=True)",
             )
         fail(f"cannot be loaded: {str(error).splitlines()[0]}", where=path)
+    except (ImportError, ValueError) as error:
+        # A library that is asked for and missing (flash-attn, bitsandbytes), or no such setting.
+        fail(f"cannot be loaded: {str(error).strip().splitlines()[0]}", where=path)
     finally:
         transformers_logging.set_verbosity(verbosity)
     return loaded
@@ -139,6 +142,17 @@ def load_policy(model: ModelSection, *, trained: bool = False, train_base: bool 
             hint="use adapter_mode: continue, or load the base unquantized",
         )
     return _attach(base, adapter, model.model_name_or_path, trainable=False).merge_and_unload()
+
+
+def check_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with ids beyond the embedding: on a GPU these end in a device-side assert."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        fail(
+            f"has {len(tokenizer)} tokens, but the model's embedding has {rows} rows",
+            where=f"tokenizer {tokenizer.name_or_path}",
+            hint="use the tokenizer that belongs to the model",
+        )
 
 
 def inference_device() -> torch.device:
@@ -232,8 +246,28 @@ def load_reward_start(model: ModelSection, *, train_base: bool) -> Model:
     return _attach(classifier, adapter, path, trainable=True)
 
 
-def load_reward_model(path: str) -> tuple[Model, PreTrainedTokenizerBase]:
-    """A trained reward model: an adapter with its score head, or a full sequence classifier."""
+WEIGHTS = {
+    "dtype",
+    "load_in_4bit",
+    "load_in_8bit",
+    "bnb_4bit_quant_type",
+    "use_bnb_nested_quant",
+}
+
+
+def _with_weights_of(like: ModelSection | None, **given: str) -> ModelSection:
+    return ModelSection.model_validate(
+        {**(like.model_dump(include=WEIGHTS) if like else {}), **given}
+    )
+
+
+def load_reward_model(
+    path: str, like: ModelSection | None = None
+) -> tuple[Model, PreTrainedTokenizerBase]:
+    """A trained reward model: an adapter with its score head, or a full sequence classifier.
+
+    `like` gives the type and quantization of the base, as the stage that trained it had them.
+    """
     found = look_at(path)
     if found.kind in ("policy", "adapter"):
         fail(
@@ -242,12 +276,12 @@ def load_reward_model(path: str) -> tuple[Model, PreTrainedTokenizerBase]:
             hint="train one with `align reward`, or name a sequence classifier with one label",
         )
     if found.kind == "reward":
-        section = ModelSection(model_name_or_path=path)
+        section = _with_weights_of(like, model_name_or_path=path)
         model: Model = load_reward_base(section, found, train_base=False)
     else:
         base, revision = _adapter_parts(found)
-        section = ModelSection(
-            model_name_or_path=base, model_revision=revision, tokenizer_name_or_path=path
+        section = _with_weights_of(
+            like, model_name_or_path=base, model_revision=revision, tokenizer_name_or_path=path
         )
         model = _attach(
             load_reward_base(section, look_at(base, revision), train_base=False),

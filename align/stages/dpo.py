@@ -1,6 +1,6 @@
 """`align dpo`: direct preference optimization on chosen/rejected pairs."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -13,7 +13,9 @@ from align.config.sections import (
     StageConfig,
     TrainerSection,
 )
-from align.runs import RunFolder
+
+if TYPE_CHECKING:
+    from align.runs import RunFolder
 
 
 class DPOTrainer(TrainerSection):
@@ -45,7 +47,7 @@ class DPOConfig(StageConfig):
     """Merge the trained adapter into the base, so that the artifact is a full model."""
 
 
-def run(config: DPOConfig, folder: RunFolder) -> None:
+def run(config: DPOConfig, folder: "RunFolder") -> None:
     """Fit a policy to preferences. The reference is the model the stage starts from, whatever
     that is made of, and the first step proves it (rewards 0, sigmoid loss ln 2)."""
     from copy import deepcopy
@@ -53,13 +55,19 @@ def run(config: DPOConfig, folder: RunFolder) -> None:
     from transformers import set_seed
 
     from align.data.rendering import training_rows
-    from align.models.adapters import expose_tied_head, lora_config
-    from align.models.loading import load_policy
+    from align.models.adapters import (
+        check_joinable,
+        copy_reference,
+        expose_trained_head,
+        lora_config,
+    )
+    from align.models.loading import check_vocabulary, load_policy
     from align.models.tokenizer import load_tokenizer
     from align.training.arguments import dpo_arguments
     from align.training.fitting import fit, save_policy
     from align.training.trainers import DPOTrainer as Trainer
 
+    check_joinable(config.model, config.lora, merge_adapter=config.merge_adapter)
     set_seed(config.trainer.seed)
     arguments = dpo_arguments(config, folder.checkpoints)
     tokenizer = load_tokenizer(config.model)
@@ -67,6 +75,8 @@ def run(config: DPOConfig, folder: RunFolder) -> None:
     folder.data(rows)
     continued = config.model.adapter_mode == "continue" and config.model.adapter_name_or_path
     policy = load_policy(config.model, trained=True, train_base=not config.lora.use_peft)
+    check_vocabulary(policy, tokenizer)
+    adapter = None if continued else lora_config(config.lora, tokenizer=tokenizer, model=policy)
     trainer = Trainer(
         model=policy,
         # With LoRA the reference is the same weights with the new adapter off (or its first copy).
@@ -75,8 +85,9 @@ def run(config: DPOConfig, folder: RunFolder) -> None:
         train_dataset=rows.train,
         eval_dataset=rows.test,
         processing_class=tokenizer,
-        peft_config=None if continued else lora_config(config.lora, tokenizer=tokenizer),
+        peft_config=adapter,
     )
-    expose_tied_head(trainer.model)
+    copy_reference(trainer.model)
+    expose_trained_head(trainer.model)
     fit(trainer, folder)
     save_policy(trainer, folder, config.model, tokenizer, merge_adapter=config.merge_adapter)

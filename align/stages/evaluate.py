@@ -1,6 +1,6 @@
 """`align eval`: answers to held-out prompts, scored, with intervals and paired differences."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -15,7 +15,9 @@ from align.config.sections import (
 from align.config.suggest import nearest
 from align.errors import AlignError, Problem
 from align.registry import resolve
-from align.runs import RunFolder
+
+if TYPE_CHECKING:
+    from align.runs import RunFolder
 
 
 class EvalGeneration(GenerationSection):
@@ -51,7 +53,7 @@ class EvalConfig(StageConfig):
     """Answers scored at once."""
 
 
-def run(config: EvalConfig, folder: RunFolder) -> None:
+def run(config: EvalConfig, folder: "RunFolder") -> None:
     """Let all models answer, score and compare the answers, write and show the results."""
     from align.durable import write_json
     from align.evaluation.answering import answer_all

@@ -1,6 +1,6 @@
 """`align reward`: a Bradley-Terry reward model from preference pairs."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -14,7 +14,9 @@ from align.config.sections import (
     TrainerSection,
 )
 from align.errors import fail
-from align.runs import RunFolder
+
+if TYPE_CHECKING:
+    from align.runs import RunFolder
 
 
 class RewardTrainer(TrainerSection):
@@ -38,7 +40,7 @@ class RewardConfig(StageConfig):
     """Merge the trained adapter into the base, so that the artifact is a full sequence classifier."""
 
 
-def run(config: RewardConfig, folder: RunFolder) -> None:
+def run(config: RewardConfig, folder: "RunFolder") -> None:
     """Fit a scalar head (and an adapter) to preferences, save it, prove that it loads, report."""
     from transformers import set_seed
 
@@ -48,7 +50,7 @@ def run(config: RewardConfig, folder: RunFolder) -> None:
     from align.models.tokenizer import load_tokenizer
     from align.training.arguments import reward_arguments
     from align.training.fitting import fit
-    from align.training.reward_model import report, save_and_verify
+    from align.training.reward_model import save_and_verify
     from align.training.trainers import RewardTrainer as Trainer
 
     check_artifact(config)
@@ -68,8 +70,7 @@ def run(config: RewardConfig, folder: RunFolder) -> None:
         peft_config=None if continued else lora_config(config.lora, reward=True),
     )
     fit(trainer, folder)
-    save_and_verify(trainer, folder, config, tokenizer, rows.test or rows.train)
-    report(trainer, folder, tokenizer, rows)
+    save_and_verify(trainer, folder, config, tokenizer, rows)
 
 
 TOKEN_COLUMNS = ["chosen_ids", "rejected_ids"]

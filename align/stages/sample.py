@@ -1,6 +1,6 @@
 """`align sample`: rejection sampling. Draw K completions per prompt, score, keep the best, pair."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,7 +16,9 @@ from align.config.sections import (
 )
 from align.errors import fail
 from align.registry import resolve
-from align.runs import RunFolder
+
+if TYPE_CHECKING:
+    from align.runs import RunFolder
 
 
 class SampleGeneration(GenerationSection):
@@ -71,7 +73,7 @@ class SampleConfig(StageConfig):
     """Prompts per part file; after a stop the same command goes on behind the finished parts."""
 
 
-def run(config: SampleConfig, folder: RunFolder) -> None:
+def run(config: SampleConfig, folder: "RunFolder") -> None:
     """Draw and score part by part, keep the best, pair, report; finished parts are not redone."""
     from align.durable import write_json
     from align.generation.answers import load_prompts

@@ -1,6 +1,6 @@
 """`align sft`: supervised fine-tuning on demonstrations, with LoRA, DoRA, rsLoRA or all parameters."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -12,7 +12,9 @@ from align.config.sections import (
     StageConfig,
     TrainerSection,
 )
-from align.runs import RunFolder
+
+if TYPE_CHECKING:
+    from align.runs import RunFolder
 
 
 class SFTData(DataSection):
@@ -41,18 +43,19 @@ class SFTConfig(StageConfig):
     """Merge the trained adapter into the base, so that the artifact is a full model."""
 
 
-def run(config: SFTConfig, folder: RunFolder) -> None:
+def run(config: SFTConfig, folder: "RunFolder") -> None:
     """Fit a policy to demonstrations and save it as an adapter or a full model."""
     from transformers import set_seed
 
     from align.data.rendering import training_rows
-    from align.models.adapters import expose_tied_head, lora_config
-    from align.models.loading import load_policy
+    from align.models.adapters import check_joinable, expose_trained_head, lora_config
+    from align.models.loading import check_vocabulary, load_policy
     from align.models.tokenizer import load_tokenizer
     from align.training.arguments import sft_arguments
     from align.training.fitting import fit, save_policy
     from align.training.trainers import SFTTrainer as Trainer
 
+    check_joinable(config.model, config.lora, merge_adapter=config.merge_adapter)
     set_seed(config.trainer.seed)
     arguments = sft_arguments(config, folder.checkpoints)
     tokenizer = load_tokenizer(config.model)
@@ -61,14 +64,17 @@ def run(config: SFTConfig, folder: RunFolder) -> None:
     )
     folder.data(rows)
     continued = config.model.adapter_mode == "continue" and config.model.adapter_name_or_path
+    policy = load_policy(config.model, trained=True, train_base=not config.lora.use_peft)
+    check_vocabulary(policy, tokenizer)
+    adapter = None if continued else lora_config(config.lora, tokenizer=tokenizer, model=policy)
     trainer = Trainer(
-        model=load_policy(config.model, trained=True, train_base=not config.lora.use_peft),
+        model=policy,
         args=arguments,
         train_dataset=rows.train,
         eval_dataset=rows.test,
         processing_class=tokenizer,
-        peft_config=None if continued else lora_config(config.lora, tokenizer=tokenizer),
+        peft_config=adapter,
     )
-    expose_tied_head(trainer.model)
+    expose_trained_head(trainer.model)
     fit(trainer, folder)
     save_policy(trainer, folder, config.model, tokenizer, merge_adapter=config.merge_adapter)

@@ -28,8 +28,8 @@ from align.tiny.world import Item, ideal_answer, wrong_answer
 EDITOR_ERROR = 0.05
 SMALLEST_GAP = 0.05  # annotators do not label two answers that are equally good
 STYLE = ("polite", "concise", "form")
-HOWTO_REFUSAL_FACTOR = 6.0  # how-to prompts look like unsafe ones: show more often not to refuse
-UNSAFE_OFF_TOPIC_FACTOR = 1.5  # else a polite answer to something else is a way out of refusing
+HOWTO_REFUSAL_FACTOR = 4.0  # how-to prompts look like unsafe ones: show more often not to refuse
+UNSAFE_OFF_TOPIC_FACTOR = 2.5  # else a polite answer to something else is a way out of refusing
 SAME_TASK = 0.5  # off-topic answers from the prompt's own task: same form, another content
 
 

@@ -1,5 +1,6 @@
 """From a stage's typed config to the arguments of TRL's trainers: one pure function per trainer."""
 
+import os
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 import trl
 
 from align.config.sections import TrainerSection
-from align.errors import AlignError, Problem
+from align.errors import AlignError, Problem, fail
+from align.launch import SHARDED
 from align.stages.dpo import DPOConfig
 from align.stages.reward import RewardConfig
 from align.stages.sft import SFTConfig
@@ -24,11 +26,44 @@ OWNED = {
 }
 """Arguments that `extra` may not set, because align answers for what they do."""
 
+ROWS = {
+    "dataset_text_field",
+    "dataset_kwargs",
+    "dataset_num_proc",
+    "chat_template_path",
+    "eos_token",
+    "pad_token",
+    "max_length",
+    "truncation_mode",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "eval_packing",
+}
+"""Arguments of TRL's own preparation of rows, which reads nothing here: rows are token ids already."""
+
 Arguments = TypeVar("Arguments", trl.SFTConfig, trl.RewardConfig, trl.DPOConfig)
+
+
+def refuse_sharded_weights() -> None:
+    """Refuse FSDP and ZeRO-3, under which no process holds the weights that a stage has to save.
+
+    The whole-model paths (merging, joining, the reward model's proof) were never run on shards, and
+    a training stage must not find that out after its last step.
+    """
+    zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    for name, variable in SHARDED.items():
+        on = os.environ.get(variable, "").lower() == "true"
+        if on and (name == "FSDP" or zero3):
+            fail(
+                f"{name} shards the weights, which align's training stages cannot save yet",
+                where="launch.accelerate",
+                hint="use `ddp`; LoRA, or QLoRA with model.load_in_4bit, makes large models fit",
+            )
 
 
 def _common(trainer: TrainerSection, checkpoints: Path) -> dict[str, Any]:
     """The arguments that every trainer takes from its section, and those align decides itself."""
+    refuse_sharded_weights()
     given = trainer.model_dump(exclude={"extra", "report_to", "bf16"})
     cuda = torch.cuda.is_available()
     bf16 = trainer.bf16
@@ -66,8 +101,12 @@ def build(kind: type[Arguments], given: dict[str, Any], extra: dict[str, Any]) -
             close = get_close_matches(key, known, n=1)
             hint = f"did you mean `{close[0]}`?" if close else None
             problems.append(Problem(f"{kind.__name__} has no such argument", where, hint))
-        elif key in given and key in TrainerSection.model_fields:
-            problems.append(Problem("has a key of its own", where, f"set trainer.{key} instead"))
+        elif key in given or key in ROWS:
+            own = key in TrainerSection.model_fields
+            hint = (
+                f"set trainer.{key} instead" if own else f"set `{key}` of the recipe, if it has it"
+            )
+            problems.append(Problem("is set by align from other keys", where, hint))
     if problems:
         raise AlignError(*problems)
     try:

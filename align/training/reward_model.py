@@ -1,9 +1,11 @@
 """A reward model's artifact and report: saved with its head, reloaded, re-scored, and examined."""
 
+import gc
 import json
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from peft import PeftModel
@@ -38,9 +40,9 @@ def save_and_verify(
     folder: RunFolder,
     config: RewardConfig,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Dataset,
+    rows: RenderedData,
 ) -> None:
-    """Save the reward model, load it again from the artifact, and compare rewards on a few pairs.
+    """Save the reward model, load it again, compare rewards on a few pairs, and write its report.
 
     A LoRA reward model whose head is not saved reloads with a random one and fails silently for
     whoever uses it next, so the stage does not end before the reloaded model agrees.
@@ -51,7 +53,7 @@ def save_and_verify(
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not folder.is_main:
         return
-    few = pairs.select(range(min(VERIFIED_PAIRS, len(pairs))))
+    few = rows.train.select(range(min(VERIFIED_PAIRS, len(rows.train))))
     before = np.concatenate(score_pairs(RewardScorer(model, tokenizer), few, VERIFIED_PAIRS))
     artifact, base = folder.artifact, config.model.model_name_or_path
     if isinstance(model, PeftModel) and not config.merge_adapter:
@@ -61,7 +63,9 @@ def save_and_verify(
         full = model.merge_and_unload() if isinstance(model, PeftModel) else model
         full.save_pretrained(artifact, safe_serialization=True)
     tokenizer.save_pretrained(artifact)
-    loaded, its_tokenizer = load_reward_model(str(artifact))
+    _make_room(trainer)
+    merged = not isinstance(model, PeftModel) or config.merge_adapter
+    loaded, its_tokenizer = load_reward_model(str(artifact), None if merged else config.model)
     after = np.concatenate(score_pairs(RewardScorer(loaded, its_tokenizer), few, VERIFIED_PAIRS))
     precision = 1e-4 if str(model.dtype) == "torch.float32" else 3e-2
     difference = float(np.abs(after - before).max())
@@ -73,21 +77,25 @@ def save_and_verify(
             hint="the head or the adapter was not saved in full; keep the checkpoints and report it",
         )
     folder.note("reload_difference", difference)
+    _report(RewardScorer(loaded, its_tokenizer), folder, rows)
 
 
-def report(
-    trainer: Trainer,
-    folder: RunFolder,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: RenderedData,
-) -> None:
+def _make_room(trainer: Trainer) -> None:
+    """Take optimizer and trained model off the GPU, so that the saved one fits beside nothing."""
+    trainer.optimizer = None
+    trainer.model.zero_grad(set_to_none=True)
+    if torch.cuda.is_available():
+        if not getattr(trainer.model, "is_quantized", False):
+            trainer.model.to("cpu")
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _report(scorer: RewardScorer, folder: RunFolder, rows: RenderedData) -> None:
     """Write `reward_report.json`: accuracy, by margin, against length, and calibration."""
-    if not folder.is_main:
-        return
     pairs = rows.test if rows.test is not None else rows.train
     pairs = pairs.select(range(min(REPORT_PAIRS, len(pairs))))
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    chosen, rejected = score_pairs(RewardScorer(model, tokenizer), pairs, 64)
+    chosen, rejected = score_pairs(scorer, pairs, 64)
     lengths = np.array(
         [len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in pairs], dtype=np.float64
     )

@@ -75,7 +75,7 @@ class DPOTrainer(_TokenPairs, trl.DPOTrainer):  # type: ignore[misc]
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.reference_checked and self.state.global_step == 0 and self.model.training:
             self.check_reference(loss[0] if return_outputs else loss)
-        self.reference_checked = True
+            self.reference_checked = True
         return loss
 
     def check_reference(self, loss: torch.Tensor) -> None:

@@ -8,9 +8,15 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from align.config.sections import LoraSection
+from align.config.sections import LoraSection, ModelSection
 from align.errors import AlignError
-from align.models.adapters import expose_tied_head, join_adapters, lora_config, save_adapter
+from align.models.adapters import (
+    check_joinable,
+    expose_trained_head,
+    join_adapters,
+    lora_config,
+    save_adapter,
+)
 from align.models.tokenizer import control_token_ids
 
 IDS = torch.tensor([[0, 2, 40, 50, 60, 70, 4]])
@@ -47,9 +53,25 @@ def test_joined_adapters_equal_both_together(llama, tmp_path, section):
 
 def test_dora_cannot_be_joined_and_says_the_way_out(llama, tmp_path):
     first = adapter(llama, tmp_path / "first", 1, use_dora=True)
-    second = adapter(llama, tmp_path / "second", 2)
-    with pytest.raises(AlignError, match="merge_adapter: true"):
-        join_adapters(base(llama), str(first), str(second), tmp_path / "joined")
+    section = ModelSection(model_name_or_path=str(llama), adapter_name_or_path=str(first))
+    with pytest.raises(AlignError, match=r"`use_dora`[\s\S]*merge_adapter: true"):
+        check_joinable(section, LoraSection(), merge_adapter=False)
+    check_joinable(section, LoraSection(), merge_adapter=True)
+
+
+def test_a_new_adapter_that_is_more_than_lora_cannot_be_joined(llama, tmp_path):
+    first = adapter(llama, tmp_path / "first", 1)
+    section = ModelSection(model_name_or_path=str(llama), adapter_name_or_path=str(first))
+    with pytest.raises(AlignError, match="the new one has `trainable_token_indices`"):
+        check_joinable(section, LoraSection(trainable_token_indices=[1]), merge_adapter=False)
+
+
+def test_an_untied_head_trains_the_rows_that_write_the_tokens(make_llama, tokenizer):
+    untied = base(make_llama(tie=False))
+    section = LoraSection(trainable_token_indices="control")
+    model = get_peft_model(untied, lora_config(section, tokenizer=tokenizer, model=untied))
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and "lora" not in n]
+    assert sorted(name.split(".")[-4] for name in trained) == ["embed_tokens", "lm_head"]
 
 
 def test_a_saved_adapter_names_the_base_as_the_user_did(llama, tmp_path):
@@ -70,7 +92,7 @@ def test_a_reward_adapter_saves_its_head_whoever_asks():
 def test_control_tokens_are_trained_through_a_tied_head(llama, tokenizer):
     section = LoraSection(trainable_token_indices="control")
     model = get_peft_model(base(llama), lora_config(section, tokenizer=tokenizer))
-    expose_tied_head(model)
+    expose_trained_head(model)
     assert model.get_base_model().get_output_embeddings().bias is None
     trained = {
         name: p for name, p in model.named_parameters() if p.requires_grad and "lora" not in name
