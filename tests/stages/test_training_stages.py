@@ -193,6 +193,25 @@ def test_dpo_starts_at_its_reference_whatever_it_is_made_of(
         assert saved["base_model_name_or_path"] == str(llama)
 
 
+def test_the_reference_of_a_continued_adapter_has_its_trained_tokens(llama, chats, pairs, tmp_path):
+    model = {"model_name_or_path": str(llama)}
+    control = {"lora": {"lora_r": 4, "trainable_token_indices": "control"}}
+    adapter = run(SFTConfig, tmp_path / "sft", model, chats, **control)
+    model |= {"adapter_name_or_path": str(adapter), "adapter_mode": "continue"}
+    artifact = run(DPOConfig, tmp_path / "dpo", model, pairs)
+    assert first_line(artifact, "rewards/chosen") == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_stack_that_cannot_be_saved_is_refused_before_training(llama, chats, pairs, tmp_path):
+    model = {"model_name_or_path": str(llama)}
+    control = {"lora": {"lora_r": 4, "trainable_token_indices": "control"}}
+    adapter = run(SFTConfig, tmp_path / "sft", model, chats, **control)
+    model["adapter_name_or_path"] = str(adapter)
+    with pytest.raises(AlignError, match="merge_adapter: true"):
+        run(DPOConfig, tmp_path / "dpo", model, pairs)
+    assert not list(tmp_path.glob("dpo*"))
+
+
 def test_precomputed_references_give_the_same_first_loss(llama, pairs, tmp_path):
     artifact = run(
         DPOConfig,
