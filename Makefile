@@ -17,7 +17,8 @@ demo: $(READY)
 	$(BIN)/align run recipes/tiny/pipeline.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -m slow
 
 check: $(READY)
 	$(BIN)/ruff check .

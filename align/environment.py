@@ -37,7 +37,7 @@ LAUNCH_VARIABLES = (
 
 SECRET = re.compile(
     r"(?<![\w-])(?:"
-    r"hf_(?=\w*[A-Z])[A-Za-z0-9]{20,}"
+    r"hf_[A-Za-z0-9]{16,}"
     r"|gh[pousr]_[A-Za-z0-9]{16,}"
     r"|github_pat_\w{16,}"
     r"|sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[A-Za-z0-9_-]{20,}"

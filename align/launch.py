@@ -6,6 +6,7 @@ through. Two things go wrong silently elsewhere and are errors here: `accelerate
 --num_processes 2` starts one process, and FSDP without GPUs becomes plain data parallelism.
 """
 
+import atexit
 import os
 import re
 import signal
@@ -176,6 +177,8 @@ def _join(world: int) -> None:
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.accelerator.is_available())
+    # A process that ends with its group still open may abort in gloo's threads, work done or not.
+    atexit.register(state.destroy_process_group)
     if state.num_processes != world:
         fail(
             f"{world} processes were started, and accelerate sees {state.num_processes}",

@@ -23,7 +23,6 @@ from align.data.fingerprint import describe_sources
 from align.durable import read_json, write_json
 from align.environment import library_version
 from align.resources import find_path
-from align.stages import STAGES
 
 NOT_IN_RESULT = (
     "output_dir",
@@ -148,7 +147,7 @@ def code_digest(stage: str | None = None) -> str:
     root = Path(__file__).parent
     every = sorted({room for rooms in ROOMS.values() for room in rooms})
     rooms = ROOMS.get(stage or "", every)
-    own = STAGES[stage].split(":")[0].rpartition(".")[2] if stage in STAGES else "*"
+    own = {None: "*", "eval": "evaluate"}.get(stage, stage)
     paths = [path for room in rooms for path in folder_files(root / room, "*.py", "*.jinja")]
     paths += folder_files(root / "stages", f"{own}.py")
     files = {path.relative_to(root).as_posix(): path for path in paths}

@@ -121,7 +121,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     return Place(tmp_path)
 
 
-def test_all_stages_run_in_order_and_the_table_is_shown(place: Place, capsys) -> None:
+def test_all_stages_run_in_order_and_the_table_is_shown(place: Place, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")  # pytest's workers have no terminal to ask
     assert place.run() == ALL
     shown = capsys.readouterr()
     assert "[1/5] sft (sft)" in shown.err
