@@ -273,7 +273,8 @@ def main() -> None:
     path = HERE / "results" / f"seeds-{given.split}.json"
     path.parent.mkdir(exist_ok=True)
     record = {"python": platform.python_version(), "settings": given.settings, "seeds": per_seed}
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    written = json.dumps(record, indent=1).replace(f"{HERE.parent}/", "")
+    path.write_text(written + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     missed = [
         f"seed {s}: {bar}"
