@@ -70,6 +70,12 @@ def _config_file(path: str, name: str, revision: str | None) -> Path | None:
     return Path(found) if found else None
 
 
+def artifact_hint(path: str) -> str | None:
+    """The way out for a run folder that is named where the artifact in it is meant."""
+    inside = Path(path).expanduser() / "artifact"
+    return f"did you mean `{Path(path) / 'artifact'}`?" if inside.is_dir() else None
+
+
 def look_at(path: str, revision: str | None = None) -> Artifact:
     """Say what `path` holds. Raises AlignError where it is no model and no adapter."""
     adapter_file = _config_file(path, "adapter_config.json", revision)
@@ -90,7 +96,7 @@ def look_at(path: str, revision: str | None = None) -> Artifact:
         fail(
             "holds neither config.json nor adapter_config.json",
             where=path,
-            hint="name a folder written by save_pretrained, or a Hub id",
+            hint=artifact_hint(path) or "name a folder written by save_pretrained, or a Hub id",
         )
     config = _read_json(config_file)
     if "auto_map" in config:

@@ -15,6 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from align.config.sections import ModelSection
 from align.errors import fail
+from align.models.identity import artifact_hint
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -85,7 +86,8 @@ def _from_pretrained(source: str, revision: str | None) -> PreTrainedTokenizerBa
         fail(
             "holds no tokenizer (tokenizer.json)",
             where=source,
-            hint="name the base model's folder under model.tokenizer_name_or_path",
+            hint=artifact_hint(source)
+            or "name the base model's folder under model.tokenizer_name_or_path",
         )
     if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         fail("no such folder", where=source, hint="check the path")

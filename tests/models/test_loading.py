@@ -87,6 +87,12 @@ def test_a_folder_that_is_no_model(tmp_path, content, said):
         load_policy(section(tmp_path))
 
 
+def test_a_run_folder_points_to_its_artifact(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "artifact")
+    with pytest.raises(AlignError, match=r"did you mean `.*artifact`"):
+        load_any_policy(str(tmp_path))
+
+
 def test_a_folder_that_is_not_there():
     with pytest.raises(AlignError, match="no such folder"):
         load_policy(section("./nowhere"))
