@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from align.answers import answer, crash, print_json, problems_json
-from align.errors import AlignError, fail
+from align.errors import AlignError, Problem, fail
 from align.stages import STAGES
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
@@ -67,6 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         build(words)(args=words, prog_name="align", obj=words)
     except AlignError as error:
         sys.exit(answer(error, as_json="--json" in words))
+    except PermissionError as error:
+        denied = Problem(
+            "permission denied", str(error.filename), "mend its rights, or name another"
+        )
+        sys.exit(answer(AlignError(denied), as_json="--json" in words))
     except Exception as error:
         if os.environ.get("ALIGN_DEBUG") == "1":
             raise

@@ -391,3 +391,14 @@ def test_other_processes_say_one_line(align, monkeypatch):
     assert code == 2
     assert err.startswith("process 1: bad.yaml:5: ")
     assert len(err.strip().splitlines()) == 1
+
+
+def test_denied_files_are_a_mistake_to_mend(monkeypatch, capsys):
+    def denied(_words):
+        raise PermissionError(13, "Permission denied", "/data/rows.jsonl")
+
+    monkeypatch.setattr(cli, "build", denied)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["status", "runs"])
+    assert stopped.value.code == 2
+    assert "/data/rows.jsonl: permission denied" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Text from models and data cannot steer the terminal."""
 
+import os
 import unicodedata
 from io import StringIO
 
@@ -80,7 +81,8 @@ def test_a_long_line_is_left_whole(capsys) -> None:
 
 def test_no_color_and_dumb_terminals_are_respected(monkeypatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    plain = Console(file=StringIO(), force_terminal=True)
+    # Whichever test imported rich first may have done so under another environment.
+    plain = Console(file=StringIO(), force_terminal=True, _environ=os.environ)
     plain.print(Text("x", style="red"))
     assert "\x1b[31m" not in plain.file.getvalue()
     assert console().stderr
