@@ -91,7 +91,7 @@ def _lora(model: ModelSection, lora: LoraSection, *, merged: bool) -> Iterator[T
                 "quantized weights cannot be trained: set `lora.use_peft: true`",
                 off,
             )
-        if model.adapter_name_or_path and model.adapter_mode == "continue":
+        if model.continues_adapter:
             yield Trouble(
                 ("model", "adapter_mode"),
                 "goes on training an adapter, and `lora.use_peft` is off",

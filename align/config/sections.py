@@ -56,6 +56,11 @@ class ModelSection(Section):
     use_bnb_nested_quant: bool = True
     """Quantize the quantization constants too (double quantization)."""
 
+    @property
+    def continues_adapter(self) -> bool:
+        """Whether the stage goes on training an adapter instead of making a new one."""
+        return self.adapter_name_or_path is not None and self.adapter_mode == "continue"
+
 
 class LoraSection(Section):
     """Which parameters are trained."""

@@ -60,7 +60,7 @@ def run(config: RewardConfig, folder: "RunFolder") -> None:
     rows = training_rows(config.data, tokenizer, "reward", require_margin=config.use_margin)
     folder.data(rows)
     columns = [*TOKEN_COLUMNS, "margin"] if config.use_margin else TOKEN_COLUMNS
-    continued = config.model.adapter_mode == "continue" and config.model.adapter_name_or_path
+    continued = config.model.continues_adapter
     trainer = Trainer(
         model=load_reward_start(config.model, train_base=not config.lora.use_peft),
         args=arguments,

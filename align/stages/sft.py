@@ -63,7 +63,7 @@ def run(config: SFTConfig, folder: "RunFolder") -> None:
         config.data, tokenizer, "sft", assistant_only=config.data.assistant_only_loss
     )
     folder.data(rows)
-    continued = config.model.adapter_mode == "continue" and config.model.adapter_name_or_path
+    continued = config.model.continues_adapter
     policy = load_policy(config.model, trained=True, train_base=not config.lora.use_peft)
     check_vocabulary(policy, tokenizer)
     adapter = None if continued else lora_config(config.lora, tokenizer=tokenizer, model=policy)
