@@ -143,7 +143,7 @@ def build(words: Sequence[str]) -> typer.Typer:
 
 def _recipes(words: Sequence[str], settings: dict[str, Any]) -> typer.Typer:
     recipes = typer.Typer(
-        help="List, print and copy the recipes that ship with align.",
+        help="List, print and copy the recipes that ship with align; convert those of other tools.",
         no_args_is_help=True,
         add_help_option=not words or words[0].startswith("-"),
         context_settings=settings,
@@ -152,6 +152,7 @@ def _recipes(words: Sequence[str], settings: dict[str, Any]) -> typer.Typer:
     recipes.command("list")(list_recipes)
     recipes.command("show")(print_recipe)
     recipes.command("copy")(copy_recipe)
+    recipes.command("convert")(convert_recipe)
     return recipes
 
 
@@ -273,11 +274,20 @@ def _run_stage_command(
         return
     if needs_launch(loaded.config.launch):
         raise typer.Exit(relaunch(words, loaded.config.launch))
+    _tell(loaded)
     _make_ready()
     folder = run_stage(loaded.config, quiet=as_json)
     if as_json:
         results = folder / "artifact" / "results.json"
         print_json(json.loads(results.read_text(encoding="utf-8")))
+
+
+def _tell(loaded: Any) -> None:
+    """What became of the keys of another tool's recipe that runs as it is; one process says it."""
+    from align.report.terminal import say
+
+    for note in loaded.notes if os.environ.get("RANK", "0") == "0" else ():
+        say(note, style="dim")
 
 
 # --- pipelines ------------------------------------------------------------------------------
@@ -376,7 +386,11 @@ def show(
 
 
 def validate(
-    recipe: Recipe, sets: Sets = None, with_stages: With = None, as_json: Json = False
+    recipe: Recipe,
+    sets: Sets = None,
+    with_stages: With = None,
+    stage: Annotated[str | None, typer.Option("--stage", help="Stage of a flat recipe.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Check a recipe: every problem at once, with line and way out. Needs no GPU."""
     from align.config.load import is_pipeline, load_pipeline, load_stage, read_recipe
@@ -387,8 +401,9 @@ def validate(
         loaded = load_pipeline(read, sets or [], with_stages=with_stages or [], ready=False)
         kind = "pipeline"
     else:
-        loaded = load_stage(read, sets or [], ready=False)
+        loaded = load_stage(read, sets or [], stage=stage, ready=False)
         kind = loaded.kind
+        _tell(loaded)
     if as_json:
         pending = problems_json(loaded.pending)["problems"]
         print_json({"ok": True, "kind": kind, "problems": [], "pending": pending})
@@ -410,32 +425,14 @@ def inspect_rows(
     as_json: Json = False,
 ) -> None:
     """Show what a stage really trains on: every token, and whether it is in the loss."""
-    from align.config.references import references, substitute
-    from align.runs import output_path
-    from align.selection import stages_of
+    from align.selection import to_inspect
 
-    found = stages_of(recipe, sets, with_stages, stage)
-    if len(found) > 1:
-        names = ", ".join(prefix.rstrip(".") for prefix, _ in found)
-        fail(
-            "is a pipeline: say which stage", where=recipe, hint=f"add --stage with one of {names}"
-        )
-    artifacts = {
-        prefix.rstrip("."): output_path(loaded.config) / "artifact"
-        for prefix, loaded in stages_of(recipe, sets, with_stages, None)
-    }
-    config = found[0][1].config
-    for reference in references(config):
-        if not artifacts[reference.stage].exists():
-            fail(
-                f"needs what the stage `{reference.stage}` leaves, and that has not run",
-                where=f"{recipe}: {reference.text}",
-                hint=f"run `align run {recipe} --until {reference.stage}` first",
-            )
+    loaded, config = to_inspect(recipe, sets, with_stages, stage)
+    _tell(loaded)
     _make_ready()
     from align.data.inspection import inspect_stage
 
-    inspect_stage(substitute(config, artifacts), rows=rows, as_json=as_json)
+    inspect_stage(config, rows=rows, as_json=as_json)
 
 
 def schema(
@@ -479,3 +476,19 @@ def copy_recipe(
 
     for copy in copy_recipe(name, destination):
         say(display(copy.absolute()), results=True)
+
+
+def convert_recipe(
+    file: Annotated[Path, typer.Argument(help="YAML of the other tool.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")],
+    tool: Annotated[
+        str | None,
+        typer.Option("--from", metavar="TOOL", help="handbook, trl, llamafactory or axolotl."),
+    ] = None,
+    stage: Annotated[str | None, typer.Option("--stage", help="What it trains.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a recipe of TRL, its handbook, LLaMA-Factory or axolotl into ours. Never overwrites."""
+    from align.translation.writing import convert
+
+    convert(file, output, tool=tool, stage=stage).show(as_json=as_json)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.config.load import Loaded, is_pipeline, load_pipeline, load_stage, read_recipe
+from align.config.sections import StageConfig
 from align.config.suggest import nearest
 from align.errors import fail
 
@@ -18,10 +19,13 @@ def stages_of(
     with_stages: Sequence[str] | None,
     stage: str | None,
 ) -> list[tuple[str, Loaded]]:
-    """Prefix and loaded stage: one for a stage's recipe, all (or `stage`) for a pipeline."""
+    """Prefix and loaded stage: one for a stage's recipe, all (or `stage`) for a pipeline.
+
+    For the recipe of one stage `stage` says which it must be for.
+    """
     read = read_recipe(recipe)
     if not is_pipeline(read[0]):
-        return [("", load_stage(read, sets or [], ready=False))]
+        return [("", load_stage(read, sets or [], stage=stage, ready=False))]
     stages = load_pipeline(read, sets or [], with_stages=with_stages or [], ready=False).stages
     if stage is None:
         return [(f"{name}.", loaded) for name, loaded in stages.items()]
@@ -30,6 +34,41 @@ def stages_of(
         hint = f"did you mean `{close}`?" if close else f"stages: {', '.join(stages)}"
         fail(f"no stage is called `{stage}`", where=recipe, hint=hint)
     return [(f"{stage}.", stages[stage])]
+
+
+def to_inspect(
+    recipe: str,
+    sets: Sequence[str] | None,
+    with_stages: Sequence[str] | None,
+    stage: str | None,
+) -> tuple[Loaded, StageConfig]:
+    """The stage that `align inspect` shows, and its config with the artifacts it takes from others.
+
+    Raises:
+        AlignError: a pipeline without the stage's name, or an earlier stage has not run.
+    """
+    from align.config.references import references, substitute
+    from align.runs import output_path
+
+    found = stages_of(recipe, sets, with_stages, stage)
+    if len(found) > 1:
+        names = ", ".join(prefix.rstrip(".") for prefix, _ in found)
+        fail(
+            "is a pipeline: say which stage", where=recipe, hint=f"add --stage with one of {names}"
+        )
+    everything = stages_of(recipe, sets, with_stages, None) if found[0][0] else found
+    artifacts = {
+        prefix.rstrip("."): output_path(loaded.config) / "artifact" for prefix, loaded in everything
+    }
+    config = found[0][1].config
+    for reference in references(config):
+        if not artifacts[reference.stage].exists():
+            fail(
+                f"needs what the stage `{reference.stage}` leaves, and that has not run",
+                where=f"{recipe}: {reference.text}",
+                hint=f"run `align run {recipe} --until {reference.stage}` first",
+            )
+    return found[0][1], substitute(config, artifacts)
 
 
 def places(place: str | None) -> list[str]:

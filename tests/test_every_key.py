@@ -100,6 +100,7 @@ SEEN_ELSEWHERE = {
     "model.adapter_mode": "tests/models/test_loading.py",
     "model.tokenizer_name_or_path": "tests/models/test_tokenizer.py",
     "model.chat_template_path": "tests/models/test_tokenizer.py",
+    "model.chat_template": "tests/models/test_tokenizer.py",
     "use_margin": "tests/stages/test_training_stages.py",
     "merge_adapter": "tests/stages/test_training_stages.py",
 }

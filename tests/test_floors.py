@@ -44,7 +44,7 @@ HELP = [
     [],
     *([kind] for kind in STAGES),
     *([name] for name in ("run", "status", "show", "validate", "inspect", "schema", "recipes")),
-    *(["recipes", name] for name in ("list", "show", "copy")),
+    *(["recipes", name] for name in ("list", "show", "copy", "convert")),
 ]
 
 
@@ -80,6 +80,32 @@ LIGHT = [
 
 @pytest.mark.parametrize("words", LIGHT, ids=[" ".join(words) for words in LIGHT])
 def test_light_commands_import_nothing_heavy(words, tmp_path):
+    out, code, heavy, _ = probe(tmp_path, *words)
+    assert code == 0
+    assert heavy == []
+    assert out.strip()
+
+
+FLAT = """\
+model_name_or_path: org/base
+dataset_name: org/rows
+torch_dtype: bfloat16
+max_seq_length: 99
+output_dir: runs/x
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["recipes", "convert", "flat.yaml", "--output", "ours.yaml"],
+        ["validate", "flat.yaml"],
+        ["sft", "--recipe", "flat.yaml", "--dry-run"],
+    ],
+    ids=["convert", "validate", "dry-run"],
+)
+def test_recipes_of_other_tools_are_read_without_heavy_libraries(words, tmp_path):
+    (tmp_path / "flat.yaml").write_text(FLAT)
     out, code, heavy, _ = probe(tmp_path, *words)
     assert code == 0
     assert heavy == []

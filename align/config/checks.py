@@ -70,6 +70,13 @@ def _model(model: ModelSection) -> Iterator[Trouble]:
             "quantize to 4 or to 8 bits",
             ("model.load_in_4bit",),
         )
+    if model.chat_template is not None and model.chat_template_path is not None:
+        yield Trouble(
+            ("model", "chat_template"),
+            "and `model.chat_template_path` are both given",
+            "keep one of them",
+            ("model.chat_template_path",),
+        )
     if "adapter_mode" in model.model_fields_set and model.adapter_name_or_path is None:
         yield Trouble(
             ("model", "adapter_mode"),

@@ -40,6 +40,8 @@ class Loaded:
     """Dotted key -> `default`, `recipe.yaml:12`, `--set` or a flag's name."""
     pending: tuple[RecipeProblem, ...] = ()
     """Inputs that another run has to write first."""
+    notes: tuple[str, ...] = ()
+    """What became of the keys of another tool's recipe."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def load_stage(
 
     Args:
         path: a file, the name of a shipped recipe, or what `read_recipe` read; None where
-            overrides give everything.
+            overrides give everything. A flat recipe of TRL or the handbook is one too.
         overrides: `KEY=VALUE` in the order given; a later one wins.
         stage: the stage it must be for; the recipe's own `stage:` when None.
         flags: further values by key, which win over `overrides`.
@@ -139,6 +141,9 @@ def load_stage(
             where=document.name,
             hint=f"run it with `align run {document.name}`",
         )
+    from align.translation.reading import as_ours
+
+    document, notes = as_ours(document, file, stage)
     kind = _kind(document, stage)
     problems: list[Problem] = list(document.problems)
     draft = Draft(config_class(kind), Source(document.name, document.name, folder=file.parent))
@@ -153,7 +158,7 @@ def load_stage(
         raise AlignError(*in_order(problems))
     if ready and pending:
         raise AlignError(*pending)
-    return Loaded(config, kind, file, draft.origins(), tuple(pending))
+    return Loaded(config, kind, file, draft.origins(), tuple(pending), tuple(map(str, notes)))
 
 
 def _choose(

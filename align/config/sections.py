@@ -43,6 +43,8 @@ class ModelSection(Section):
     """Hub id or folder of the tokenizer; the model's own when unset."""
     chat_template_path: str | None = None
     """A Jinja file, or the name of a shipped template (`llama3`), that replaces the tokenizer's chat template."""
+    chat_template: str | None = None
+    """The same as Jinja text."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the loaded weights; `auto` is the checkpoint's for frozen weights and float32 for trained ones."""
     attn_implementation: str | None = None
@@ -126,8 +128,8 @@ class DataSection(Section):
     """Split for evaluation during training."""
     datasets: list[DatasetEntry] | None = None
     """A mixture of sources with weights."""
-    test_split_size: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Fraction of the rows held out for evaluation during training."""
+    test_split_size: Annotated[float, Field(gt=0, lt=1)] | PositiveInt | None = None
+    """Rows held out for evaluation during training: a fraction below 1, or their number."""
     format: Format = "auto"
     """Form of the rows; recognised from the columns when `auto`, and always said."""
     columns: dict[str, str] | None = None

@@ -12,7 +12,6 @@ OTHER_WORDS = {
     "max_length": "max_seq_length max_seq_len seq_length cutoff_len sequence_len model_max_length",
     "datasets": "dataset_mixture dataset_mixer data_mix mixture",
     "eval_strategy": "evaluation_strategy",
-    "chat_template_path": "chat_template",
     "learning_rate": "lr",
     "num_train_epochs": "epochs n_epochs num_epochs epoch",
     "per_device_train_batch_size": "batch_size train_batch_size micro_batch_size bs bsz"

@@ -164,14 +164,17 @@ def _mixed(
     return taken, notes
 
 
-def _hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], list[Source]]:
+def _hold_out(sources: Sequence[Source], size: float) -> tuple[list[Source], list[Source]]:
     """Split rows off at random for evaluation, from every source the same share.
+
+    `size` is that share where it is below 1, else the number of rows in all.
 
     Rows of one prompt stay together: a reward model that has trained on one pair of a prompt has
     seen the prompt of the others.
     """
     generator = np.random.default_rng(SEED)
     kept, held = [], []
+    share = size if size < 1 else size / sum(map(len, sources))
     for source in sources:
         prompts = _prompts(source)
         count = max(round(len(source) * share), 1)
@@ -181,7 +184,7 @@ def _hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], li
         inside = np.isin(prompts, chosen)
         if inside.all():
             fail(
-                f"{share} of {len(source)} rows leaves none to train on",
+                f"{size:g} of {len(source)} rows leaves none to train on",
                 where="data.test_split_size",
                 hint="make it smaller, or give a split of its own with data.dataset_test_split",
             )

@@ -19,7 +19,8 @@ from align.resources import display
 SEED = 42
 """Seed of the rows that a mixture takes and of their order; no seed of a recipe changes them."""
 
-SLICE = re.compile(r"\s*([^\[\]]+?)\s*(?:\[\s*(-?\d+%?)?\s*:\s*(-?\d+%?)?\s*\])?\s*")
+BOUND = r"-?\d+(?:(?:\.\d+)?%)?"
+SLICE = re.compile(rf"\s*([^\[\]]+?)\s*(?:\[\s*({BOUND})?\s*:\s*({BOUND})?\s*\])?\s*")
 
 Indices = NDArray[np.int64]
 
@@ -141,7 +142,7 @@ def _cut(bound: str | None, size: int, default: int) -> int | None:
     if bound is None:
         return None if default else 0
     if bound.endswith("%"):
-        return round(int(bound[:-1]) * size / 100)
+        return round(float(bound[:-1]) * size / 100)
     return int(bound)
 
 

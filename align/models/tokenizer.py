@@ -41,8 +41,9 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a stage, ready to render chats and to pad.
 
     It comes from `tokenizer_name_or_path`, else from the adapter's folder where that holds one,
-    else from the model. Its chat template is its own, or what `chat_template_path` names, or the
-    shipped Llama 3 template where it has none and its vocabulary holds Llama 3's control tokens.
+    else from the model. Its chat template is its own, or what `chat_template` says or
+    `chat_template_path` names, or the shipped Llama 3 template where it has none and its vocabulary
+    holds Llama 3's control tokens.
     Where it still has none, plain text can be rendered and chats cannot. Its pad token ends neither
     a turn nor a text.
 
@@ -57,7 +58,7 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
             where=source,
             hint="name a tokenizer that has a tokenizer.json under model.tokenizer_name_or_path",
         )
-    _set_template(tokenizer, model.chat_template_path, source)
+    _set_template(tokenizer, model, source)
     _set_pad_token(tokenizer, source)
     return tokenizer
 
@@ -106,9 +107,11 @@ def _from_pretrained(source: str, revision: str | None) -> PreTrainedTokenizerBa
     return loaded
 
 
-def _set_template(tokenizer: PreTrainedTokenizerBase, path: str | None, source: str) -> None:
-    if path is not None:
-        tokenizer.chat_template = _read_template(path, tokenizer)
+def _set_template(tokenizer: PreTrainedTokenizerBase, model: ModelSection, source: str) -> None:
+    if model.chat_template is not None:
+        tokenizer.chat_template = model.chat_template
+    elif model.chat_template_path is not None:
+        tokenizer.chat_template = _read_template(model.chat_template_path, tokenizer)
     elif tokenizer.chat_template is None and not _missing("llama3", tokenizer):
         tokenizer.chat_template = shipped_template("llama3")
         log.warning("%s has no chat template: the shipped `llama3` template is used", source)

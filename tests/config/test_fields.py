@@ -26,7 +26,12 @@ BY_NAME = {(kind, leaf.name): leaf for kind in STAGES for leaf in leaf_fields(co
     [
         ("sft", "trainer.learning_rate", "a number, above 0", "float > 0"),
         ("sft", "trainer.adam_beta1", "a number, at least 0 and at most 1", "float >= 0, <= 1"),
-        ("sft", "data.test_split_size", "a number, above 0 and below 1", "float > 0, < 1 or null"),
+        (
+            "sft",
+            "data.test_split_size",
+            "a number, above 0 and below 1",
+            "float > 0, < 1 or int > 0 or null",
+        ),
         ("sft", "lora.lora_r", "a whole number, above 0", "int > 0"),
         ("sft", "data.packing", "true or false", "bool"),
         ("sft", "lora.lora_target_modules", "text or a list of texts", "text or list of text"),

@@ -49,7 +49,6 @@ TYPOS = [
     ("sft", "dtpye", "model.dtype"),
     ("sft", "load_in_4bits", "model.load_in_4bit"),
     ("sft", "attn_implementaion", "model.attn_implementation"),
-    ("sft", "chat_template", "model.chat_template_path"),
     ("sft", "lora_rank", "lora.lora_r"),
     ("sft", "lora.r", "lora.lora_r"),
     ("sft", "lora_aplha", "lora.lora_alpha"),

@@ -204,6 +204,15 @@ def test_rows_are_held_out_for_evaluation(render):
         render(rows[:1], test_split_size=0.5)
 
 
+def test_a_number_of_rows_can_be_held_out(write, bpe):
+    chats = [[U, {"role": "assistant", "content": f"{n} ships"}] for n in range(40)]
+    rows = [{"messages": chat} for chat in chats]
+    files = [write(rows[:30], "a.jsonl"), write(rows[30:], "b.jsonl")]
+    data = DataSection(datasets=[{"path": str(file)} for file in files], test_split_size=8)
+    rows = training_rows(data, bpe, "sft")
+    assert (rows.stats.kept, rows.test_stats.kept) == (32, 8)
+
+
 def test_pairs_of_one_prompt_are_never_on_both_sides(render):
     rows = [
         {"prompt": f"Question {n // 4}?", "chosen": f"Answer {n}.", "rejected": "No."}

@@ -27,6 +27,7 @@ def values(source) -> list[int]:
         ("train[:30%]", range(3)),
         ("train[30%:]", range(3, 10)),
         ("train[:25%]", range(2)),
+        ("train[:12.5%]", range(1)),
         ("train[2:5]", range(2, 5)),
         ("train[-3:]", range(7, 10)),
         ("train[:-8]", range(2)),

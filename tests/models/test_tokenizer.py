@@ -167,6 +167,7 @@ def test_a_template_can_be_a_file_or_a_shipped_name(saved, tmp_path):
     path = saved(special, eos_token="<|end_of_text|>", pad_token="<|pad|>")
     (tmp_path / "own.jinja").write_text(CHATML, encoding="utf-8")
     assert load(path, chat_template_path=str(tmp_path / "own.jinja")).chat_template == CHATML
+    assert load(path, chat_template=CHATML).chat_template == CHATML
     shipped = load(path, chat_template_path="llama3").chat_template
     assert shipped == shipped_template("llama3")
 

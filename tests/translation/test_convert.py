@@ -1,0 +1,510 @@
+"""Recipes of other tools become ours: what every key turns into, and that the result is valid."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from align.config.load import load_stage
+from align.config.yaml import parse
+from align.errors import AlignError
+from align.translation.kinds import tool_of
+from align.translation.translate import TABLES, translate
+from align.translation.writing import convert, recipe_text
+
+HANDBOOK = Path(__file__).parent / "handbook"
+OLD = sorted(file for file in HANDBOOK.rglob("*.yaml") if "orpo" not in file.parts)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def made(text: str, name: str = "r.yaml", **options):
+    return translate(parse(text, name), Path(name), **options)
+
+
+def fates(text: str, **options) -> dict[str, str]:
+    return {note.key: str(note) for note in made(text, **options).notes}
+
+
+def converted(text: str, **options):
+    """The config of a converted file."""
+    Path("theirs.yaml").write_text(text, encoding="utf-8")
+    Path("ours.yaml").unlink(missing_ok=True)
+    result = convert(Path("theirs.yaml"), Path("ours.yaml"), **options)
+    assert result.problems == ()
+    return load_stage("ours.yaml", ready=False).config
+
+
+FLAT = """\
+model_name_or_path: org/base
+dataset_name: org/rows
+output_dir: out
+"""
+
+
+# --- the handbook's recipes -----------------------------------------------------------------
+
+
+def test_there_are_21_recipes_for_old_trl():
+    assert len(OLD) == 21
+
+
+@pytest.mark.parametrize("file", OLD, ids=lambda file: file.relative_to(HANDBOOK).as_posix())
+def test_a_recipe_for_old_trl_converts_and_validates(file):
+    result = convert(file, Path("out.yaml"))
+    assert result.problems == ()
+    given = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert {note.key for note in result.made.notes} >= set(given), "a key without a note"
+    assert [note for note in result.made.notes if note.fate == "unknown"] == []
+    config = load_stage("out.yaml", ready=False).config
+    assert config.stage == ("dpo" if "dpo" in file.parts else "sft")
+    assert config.model.model_name_or_path == given["model_name_or_path"]
+    assert config.trainer.learning_rate == given["learning_rate"]
+    assert config.trainer.warmup_steps == 0.1
+    assert config.lora.use_peft == given.get("use_peft", False)
+    if "max_seq_length" in given:
+        assert config.data.max_length == given["max_seq_length"]
+
+
+@pytest.mark.parametrize("file", OLD, ids=lambda file: file.relative_to(HANDBOOK).as_posix())
+def test_a_recipe_for_old_trl_runs_as_it_is(file):
+    """The same values, whether it is converted first or not, and mistakes have its own lines."""
+    convert(file, Path("out.yaml"))
+    flat = load_stage(file, ready=False)
+    assert flat.config == load_stage("out.yaml", ready=False).config
+    line = file.read_text(encoding="utf-8").splitlines().index("seed: 42") + 1
+    assert flat.origins["trainer.seed"].endswith(f"{file.name}:{line}")
+    assert any("renamed" in note for note in flat.notes)
+
+
+def test_a_method_that_is_not_offered_is_said():
+    orpo = HANDBOOK / "mixtral" / "orpo" / "config_full.yaml"
+    with pytest.raises(AlignError, match="ORPO, which align does not offer"):
+        convert(orpo, Path("out.yaml"))
+    assert not Path("out.yaml").exists()
+    result = convert(orpo, Path("out.yaml"), stage="dpo")
+    assert result.problems == ()
+    for keys, method in (
+        ("desirable_weight: 1.0\n", "KTO"),
+        ("reward_funcs: [x]\n", "GRPO"),
+    ):
+        with pytest.raises(AlignError, match=f"{method}, which"):
+            made(FLAT + keys)
+
+
+def test_mixtures_keep_their_shares():
+    data = converted((HANDBOOK / "smollm" / "sft" / "config.yaml").read_text(), stage="sft").data
+    splits = [entry.split for entry in data.datasets]
+    assert splits == ["train", "train[:50%]", "train[:2.5%]"]
+    assert data.test_split_size == 0.01
+
+
+def test_a_split_for_evaluation_is_kept():
+    data = load_stage(HANDBOOK / "zephyr" / "dpo" / "config_full.yaml", ready=False).config.data
+    assert (data.dataset_name, data.dataset_train_split, data.dataset_test_split) == (
+        "HuggingFaceH4/ultrafeedback_binarized",
+        "train_prefs",
+        "test_prefs",
+    )
+
+
+# --- TRL --------------------------------------------------------------------------------------
+
+
+def test_every_key_of_trl_is_known():
+    """No field of TRL's own configs is `unknown`."""
+    import trl
+    from trl.scripts.utils import DatasetMixtureConfig
+
+    stages = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "reward": trl.RewardConfig}
+    for stage, config in stages.items():
+        kinds = (config, trl.ModelConfig, trl.ScriptArguments, DatasetMixtureConfig)
+        names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+        text = FLAT + "".join(f"{name}: null\n" for name in sorted(names) if name not in FLAT)
+        notes = made(text, tool="trl", stage=stage).notes
+        assert [note.key for note in notes if note.fate == "unknown"] == []
+
+
+def test_what_goes_into_extra_is_taken_by_trl(tmp_path):
+    """Arguments without a key of their own: the trainer's own config has each of them."""
+    import trl
+
+    from align.training.arguments import OWNED, ROWS
+    from align.translation.rules import Extra
+
+    kinds = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "reward": trl.RewardConfig}
+    for tool in ("trl", "llamafactory", "axolotl"):
+        for key, rule in TABLES[tool].items():
+            if isinstance(rule, Extra):
+                assert key not in OWNED | ROWS
+                for stage in rule.stages:
+                    known = {field.name for field in dataclasses.fields(kinds[stage])}
+                    assert key in known, (stage, key)
+
+
+def test_the_defaults_that_are_written_out_are_trls():
+    import trl
+
+    from align.translation import trl_rules
+
+    kinds = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "reward": trl.RewardConfig}
+    for stage, kind in kinds.items():
+        both = (kind, trl.ModelConfig)
+        theirs = {field.name: field.default for each in both for field in dataclasses.fields(each)}
+        table = {**trl_rules.DEFAULTS[""], **trl_rules.DEFAULTS.get(stage, {})}
+        table |= trl_rules.ADAPTER_DEFAULTS | trl_rules.QUANTIZED_DEFAULTS
+        for key, value in table.items():
+            name = key.rpartition(".")[2]
+            assert getattr(theirs[name], "value", theirs[name]) == value, key
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        ("torch_dtype: bfloat16", "model.dtype", "bfloat16"),
+        ("max_seq_length: 77", "data.max_length", 77),
+        ("warmup_ratio: 0.25", "trainer.warmup_steps", 0.25),
+        ("evaluation_strategy: no", "trainer.eval_strategy", "no"),
+        ("optim: adamw_hf", "trainer.optim", "adamw_torch"),
+        ("use_flash_attention_2: true", "model.attn_implementation", "flash_attention_2"),
+        ("group_by_length: true", "trainer.train_sampling_strategy", "group_by_length"),
+        ("accelerate_config: zero3", "launch.accelerate", "zero3"),
+        ("lora_target_modules: all-linear", "lora.lora_target_modules", "all-linear"),
+        ("neftune_noise_alpha: 5", "trainer.extra", {"neftune_noise_alpha": 5}),
+        ("chat_template: '{{ messages }}'", "model.chat_template", "{{ messages }}"),
+        ("chat_template_path: llama3", "model.chat_template_path", "llama3"),
+    ],
+)
+def test_a_key_under_its_old_name(line, key, value):
+    found = made(f"{FLAT}packing: false\n{line}\n")
+    assert found.values[key] == value
+
+
+def test_of_two_names_for_one_thing_ours_wins():
+    found = made(FLAT + "max_seq_length: 10\nmax_length: 20\npacking: true\n")
+    assert found.values["data.max_length"] == 20
+    assert (
+        "overruled by `max_length`"
+        in fates(FLAT + "max_seq_length: 10\nmax_length: 20\npacking: 1\n")["max_seq_length"]
+    )
+
+
+def test_evaluation_without_rows_is_left_out_for_a_local_file():
+    Path("rows.jsonl").write_text('{"text": "x"}\n')
+    text = "model_name_or_path: m\ndataset_name: rows.jsonl\noutput_dir: o\neval_strategy: steps\npacking: 1\n"
+    found = made(text)
+    assert "trainer.eval_strategy" not in found.values
+    assert "no rows are held out" in fates(text)["eval_strategy"]
+    assert made(text.replace("rows.jsonl", "org/x")).values["data.dataset_test_split"] == "test"
+
+
+def test_an_unknown_key_is_noted_by_convert_and_refused_when_it_is_run():
+    text = FLAT + "packing: true\nlerning_rate: 1e-5\n"
+    assert "unknown" in fates(text)["lerning_rate"]
+    Path("flat.yaml").write_text(text)
+    with pytest.raises(AlignError) as caught:
+        load_stage("flat.yaml", stage="sft")
+    assert "flat.yaml:5" in str(caught.value)
+    assert "did you mean `trainer.learning_rate`?" in str(caught.value)
+
+
+def test_a_wrong_value_has_the_line_of_the_flat_file():
+    Path("flat.yaml").write_text(FLAT + "torch_dtype: bfloat16\nlearning_rate: fast\n")
+    with pytest.raises(AlignError) as caught:
+        load_stage("flat.yaml", stage="sft")
+    assert "flat.yaml:5: `trainer.learning_rate` must be" in str(caught.value)
+
+
+def test_a_flat_file_that_says_nothing_needs_a_stage():
+    with pytest.raises(AlignError, match="no key says what this recipe trains"):
+        made(FLAT)
+    assert made(FLAT, stage="reward").stage == "reward"
+    assert made(FLAT, name="runs/dpo/r.yaml").stage == "dpo"
+
+
+# --- LLaMA-Factory and axolotl ----------------------------------------------------------------
+
+LLAMAFACTORY = """\
+### model
+model_name_or_path: meta-llama/Meta-Llama-3-8B-Instruct
+trust_remote_code: true
+quantization_bit: 4
+### method
+stage: dpo
+do_train: true
+finetuning_type: lora
+lora_rank: 12
+lora_target: all
+pref_beta: 0.2
+pref_loss: sigmoid
+pref_ftx: 0.1
+### dataset
+dataset: dpo_en_demo,other
+template: llama3
+cutoff_len: 1500
+max_samples: 1000
+overwrite_cache: true
+preprocessing_num_workers: 16
+### output
+output_dir: saves/llama3
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+overwrite_output_dir: true
+### train
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 5.0e-6
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 180000000
+flash_attn: fa2
+val_size: 0.1
+per_device_eval_batch_size: 1
+eval_strategy: steps
+eval_steps: 500
+"""
+
+
+def test_llamafactory():
+    config = converted(LLAMAFACTORY)
+    assert config.stage == "dpo"
+    assert config.model.load_in_4bit
+    assert config.model.attn_implementation == "flash_attention_2"
+    assert config.model.chat_template_path == "llama3"
+    assert (config.lora.lora_r, config.lora.lora_alpha) == (12, 24)
+    assert config.beta == 0.2
+    assert config.data.max_length == 1500
+    assert config.data.test_split_size == 0.1
+    assert [entry.path for entry in config.data.datasets] == ["dpo_en_demo", "other"]
+    assert config.trainer.extra == {"ddp_timeout": 180000000}
+    notes = fates(LLAMAFACTORY)
+    assert set(yaml.safe_load(LLAMAFACTORY)) <= set(notes)
+    assert not [text for text in notes.values() if ": unknown" in text]
+    assert "dataset_info.json" in notes["dataset"]
+
+
+def test_llamafactory_data_sets_are_looked_up_where_their_list_is():
+    Path("data").mkdir()
+    Path("data/dataset_info.json").write_text(
+        '{"mine": {"file_name": "mine.json", "columns": {"prompt": "q", "response": "a"}},'
+        ' "hub": {"hf_hub_url": "org/hub", "subset": "en", "split": "train_x"}}'
+    )
+    Path("data/mine.json").write_text('[{"q": "1", "a": "2"}]')
+    config = converted(
+        "stage: sft\nfinetuning_type: full\nmodel_name_or_path: org/m\ndataset: mine, hub\noutput_dir: o\n"
+    )
+    first, second = config.data.datasets
+    assert first.path.endswith("data/mine.json")
+    assert first.columns == {"instruction": "q", "output": "a"}
+    assert (second.path, second.name, second.split) == ("org/hub", "en", "train_x")
+    assert not config.lora.use_peft
+
+
+def test_llamafactory_methods():
+    base = "finetuning_type: lora\nmodel_name_or_path: m\ndataset: d\noutput_dir: o\n"
+    assert made(base + "stage: rm\n").stage == "reward"
+    assert made(base + "stage: pt\n").stage == "sft"
+    with pytest.raises(AlignError, match="KTO"):
+        made(base + "stage: kto\n")
+    with pytest.raises(AlignError, match="SIMPO"):
+        made(base + "stage: dpo\npref_loss: simpo\n")
+
+
+AXOLOTL = """\
+base_model: NousResearch/Meta-Llama-3-8B
+model_type: LlamaForCausalLM
+tokenizer_type: AutoTokenizer
+load_in_8bit: false
+load_in_4bit: true
+strict: false
+datasets:
+  - path: aaditya/alpaca_subset_1
+    type: alpaca
+  - path: org/chats
+    type: chat_template
+    split: train_sft
+    field_messages: dialogue
+dataset_prepared_path: null
+val_set_size: 0.05
+output_dir: ./outputs/qlora-out
+adapter: qlora
+lora_model_dir:
+sequence_len: 4096
+sample_packing: true
+pad_to_sequence_len: true
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_modules:
+lora_target_linear: true
+wandb_project:
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 4
+optimizer: paged_adamw_32bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+bf16: auto
+tf32: false
+gradient_checkpointing: true
+resume_from_checkpoint:
+logging_steps: 1
+flash_attention: true
+warmup_steps: 10
+evals_per_epoch: 4
+saves_per_epoch: 1
+weight_decay: 0.0
+special_tokens:
+  pad_token: "<|end_of_text|>"
+"""
+
+
+def test_axolotl():
+    config = converted(AXOLOTL)
+    assert config.stage == "sft"
+    assert config.model.load_in_4bit
+    assert config.lora.use_peft
+    assert config.lora.lora_target_modules == "all-linear"
+    assert config.data.packing
+    assert config.data.test_split_size == 0.05
+    assert config.trainer.per_device_train_batch_size == 2
+    assert config.trainer.num_train_epochs == 4
+    assert config.data.datasets[1].columns == {"messages": "dialogue"}
+    notes = fates(AXOLOTL)
+    assert set(yaml.safe_load(AXOLOTL)) <= set(notes)
+    assert not [text for text in notes.values() if ": unknown" in text]
+
+
+def test_axolotl_methods():
+    base = "base_model: m\nmicro_batch_size: 1\ndatasets: [{path: org/p, type: chat_template}]\noutput_dir: o\n"
+    assert made(base + "rl: dpo\nrl_beta: 0.3\n").values["beta"] == 0.3
+    assert made(base + "rl: ipo\n").values["loss_type"] == "ipo"
+    assert made(base + "reward_model: true\n").stage == "reward"
+    with pytest.raises(AlignError, match="ORPO"):
+        made(base + "rl: orpo\n")
+
+
+@pytest.mark.parametrize("text", [LLAMAFACTORY, AXOLOTL], ids=["llamafactory", "axolotl"])
+def test_other_tools_have_to_be_converted_before_they_run(text):
+    Path("theirs.yaml").write_text(text)
+    with pytest.raises(AlignError, match="align recipes convert"):
+        load_stage("theirs.yaml", stage="sft")
+
+
+# --- telling, refusing, writing ---------------------------------------------------------------
+
+
+def test_our_own_recipes_are_nobody_elses():
+    from align.resources import shipped_recipes
+
+    for recipe in shipped_recipes():
+        assert tool_of(yaml.safe_load(recipe.path.read_text(encoding="utf-8"))) is None
+
+
+def test_the_output_is_never_overwritten():
+    Path("theirs.yaml").write_text(FLAT + "packing: true\n")
+    Path("ours.yaml").write_text("mine\n")
+    with pytest.raises(AlignError, match="nothing is overwritten"):
+        convert(Path("theirs.yaml"), Path("ours.yaml"))
+    assert Path("ours.yaml").read_text() == "mine\n"
+    Path("link.yaml").symlink_to("nowhere.yaml")
+    with pytest.raises(AlignError, match="nothing is overwritten"):
+        convert(Path("theirs.yaml"), Path("link.yaml"))
+
+
+def test_what_is_still_wrong_is_told_and_the_recipe_is_there():
+    Path("theirs.yaml").write_text(FLAT + "packing: true\nlr_scheduler_type: wavy\n")
+    result = convert(Path("theirs.yaml"), Path("ours.yaml"))
+    assert "wavy" in str(result.problems[0])
+    assert Path("ours.yaml").exists()
+    with pytest.raises(AlignError):
+        result.show()
+
+
+def test_a_recipe_of_ours_is_refused():
+    with pytest.raises(AlignError, match="is a recipe of align already"):
+        made("stage: sft\noutput_dir: x\nmodel: {model_name_or_path: m}\n")
+    with pytest.raises(AlignError, match="--from"):
+        made("a: 1\n")
+
+
+def test_paths_beside_the_old_file_are_found_from_the_new_one():
+    Path("old").mkdir()
+    Path("old/rows.jsonl").write_text('{"text": "x"}\n')
+    Path("old/r.yaml").write_text(
+        "model_name_or_path: m\ndataset_name: rows.jsonl\noutput_dir: o\npacking: 1\n"
+    )
+    assert convert(Path("old/r.yaml"), Path("new/r.yaml")).problems == ()
+    found = yaml.safe_load(Path("new/r.yaml").read_text())
+    assert Path(found["data"]["dataset_name"]).is_file()
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted({*TABLES["trl"], "odd key", "a\nb: 1", "x\u2028y", "\x1b[31m"})),
+        st.one_of(
+            st.none(),
+            st.booleans(),
+            st.integers(-5, 5000),
+            st.floats(allow_nan=False, allow_infinity=False),
+            st.text(max_size=20),
+            st.lists(st.text(max_size=5), max_size=3),
+            st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
+        ),
+        max_size=12,
+    )
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_whatever_the_other_file_holds_the_result_is_yaml_with_its_values(theirs):
+    """No value breaks out of its place, no key out of its comment, and no file a traceback."""
+    text = yaml.safe_dump(
+        {**theirs, "model_name_or_path": "m", "output_dir": "o"}, allow_unicode=False
+    )
+    try:
+        found = made(text, tool="trl", stage="sft")
+    except AlignError:
+        return
+    written = parse(recipe_text(found, "evil\nstage: dpo"), "ours.yaml")
+    flat = {}
+    for key, value in written.data.items():
+        inside = isinstance(value, dict) and f"{key}" in (
+            "model",
+            "lora",
+            "data",
+            "trainer",
+            "launch",
+        )
+        flat |= {f"{key}.{name}": item for name, item in value.items()} if inside else {key: value}
+    assert flat == {"stage": "sft", **found.values}
+
+
+def test_the_command(tmp_path):
+    (tmp_path / "flat.yaml").write_text(FLAT + "packing: true\ntorch_dtype: bfloat16\n")
+    words = [
+        sys.executable,
+        "-m",
+        "align",
+        "recipes",
+        "convert",
+        "flat.yaml",
+        "--output",
+        "ours.yaml",
+    ]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch_dtype: renamed to model.dtype" in done.stdout
+    assert "dtype: bfloat16   # from torch_dtype" in (tmp_path / "ours.yaml").read_text()
+    again = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "overwritten" in again.stderr
