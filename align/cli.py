@@ -314,6 +314,7 @@ def run(
     if dry_run:
         _show_states(loaded)
         return
+    _tell(loaded)
     _make_ready()
     run_pipeline(loaded, until=until, force=force or [])
 
@@ -400,6 +401,7 @@ def validate(
     if is_pipeline(read[0]):
         loaded = load_pipeline(read, sets or [], with_stages=with_stages or [], ready=False)
         kind = "pipeline"
+        _tell(loaded)
     else:
         loaded = load_stage(read, sets or [], stage=stage, ready=False)
         kind = loaded.kind

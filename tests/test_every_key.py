@@ -77,6 +77,7 @@ FLIPS: dict[str, Any] = {
     "beta": 0.5,
     "loss_type": ["ipo", "sft"],
     "loss_weights": [0.5],
+    "rpo_alpha": 0.2,
     "label_smoothing": 0.25,
     "f_divergence_type": "js_divergence",
     "precompute_ref_log_probs": True,
@@ -101,6 +102,7 @@ SEEN_ELSEWHERE = {
     "model.tokenizer_name_or_path": "tests/models/test_tokenizer.py",
     "model.chat_template_path": "tests/models/test_tokenizer.py",
     "model.chat_template": "tests/models/test_tokenizer.py",
+    "mask_format_tokens": "tests/training/test_trainers.py",
     "use_margin": "tests/stages/test_training_stages.py",
     "merge_adapter": "tests/stages/test_training_stages.py",
 }

@@ -192,6 +192,9 @@ def _dpo(config: Any) -> Iterator[Trouble]:
         yield Trouble(("loss_weights",), message, hint, ("loss_type",))
     if not losses:
         yield Trouble(("loss_type",), "is an empty list", "name at least one loss")
+    if config.rpo_alpha and "sft" in losses:
+        message = "adds the loss `sft`, and `loss_type` has it already"
+        yield Trouble(("rpo_alpha",), message, "keep one of the two", ("loss_type",))
     odd = [loss for loss in losses if loss in DPO_LOSSES and loss not in F_DIVERGENCE_LOSSES]
     if config.f_divergence_type != "reverse_kl" and odd:
         message = f"has no form for the loss `{odd[0]}`"

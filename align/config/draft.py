@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from align.config.checks import troubles
 from align.config.faults import Fault, faults
 from align.config.fields import LeafField, leaf_fields, mentioned, parts, sections
+from align.config.names import ALIASES
 from align.config.paths import Trouble, locate, path_values, put
 from align.config.problems import KeyPath, RecipeProblem, Source, dotted, shown
 from align.config.references import is_reference
@@ -96,6 +97,8 @@ class Draft:
     """What errors put in front of keys that no file gave: the stage's name in a pipeline."""
     given: dict[str, Given] = field(default_factory=dict)
     problems: list[RecipeProblem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Keys that were given by another tool's name."""
     broken: set[str] = field(default_factory=set)
     """Sections that were given as a single value; nothing in them is missed."""
 
@@ -117,6 +120,9 @@ class Draft:
         words = name.split(".")
         for length in range(len(words), 0, -1):
             head, rest = ".".join(words[:length]), words[length:]
+            section, _, word = head.rpartition(".")
+            if word in ALIASES:
+                head = f"{section}.{ALIASES[word]}" if section else ALIASES[word]
             leaf = self.leaves.get(head)
             if leaf is None and length == 1:
                 same = [leaf for leaf in self.leaves.values() if leaf.leaf == head]
@@ -192,6 +198,9 @@ class Draft:
 
     def put(self, leaf: LeafField, inner: KeyPath, new: Given, *, replace: bool = False) -> None:
         """Set a knob. Mappings are merged key by key, unless `replace`; all else is replaced."""
+        given = (new.source.key or "").rpartition(".")[2]
+        if given in ALIASES:
+            self.notes.append(f"{new.source.origin}: `{given}` is called `{leaf.name}` here")
         if inner:
             key = inner[0]
             new = Given(

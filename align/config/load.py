@@ -41,7 +41,7 @@ class Loaded:
     pending: tuple[RecipeProblem, ...] = ()
     """Inputs that another run has to write first."""
     notes: tuple[str, ...] = ()
-    """What became of the keys of another tool's recipe."""
+    """Keys that were given by another tool's names, and what became of them."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class LoadedPipeline:
     """Names of the stages that run, in order."""
     output_origin: str
     pending: tuple[RecipeProblem, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Keys that were given by another tool's names, each once."""
+        return tuple(dict.fromkeys(note for stage in self.stages.values() for note in stage.notes))
 
     @property
     def origins(self) -> dict[str, str]:
@@ -158,7 +163,8 @@ def load_stage(
         raise AlignError(*in_order(problems))
     if ready and pending:
         raise AlignError(*pending)
-    return Loaded(config, kind, file, draft.origins(), tuple(pending), tuple(map(str, notes)))
+    told = (*map(str, notes), *draft.notes)
+    return Loaded(config, kind, file, draft.origins(), tuple(pending), told)
 
 
 def _choose(
@@ -258,7 +264,8 @@ def load_pipeline(
         raise AlignError(*pending)
     stages, parts = {}, {}
     for name, config in configs.items():
-        stages[name] = Loaded(config, drafts[name].kind, file, drafts[name].origins())
+        told = tuple(drafts[name].notes)
+        stages[name] = Loaded(config, drafts[name].kind, file, drafts[name].origins(), notes=told)
         parts[name] = PipelineStage(config=config, optional=name in optional)
     whole = PipelineConfig(output_dir=output_dir, stages=parts)
     return LoadedPipeline(whole, file, stages, tuple(chosen), output_origin, tuple(pending))

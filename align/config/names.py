@@ -98,6 +98,13 @@ OPTIMIZERS = (
 )
 """transformers' `optim`."""
 
+ALIASES = {
+    "pref_ftx": "rpo_alpha",
+    "nll_loss_coef": "rpo_alpha",
+    "sft_loss_weight": "rpo_alpha",
+}
+"""What other tools call a knob of ours -> our leaf name; a recipe may use either, with a note."""
+
 TRACKERS = (
     "azure_ml",
     "clearml",

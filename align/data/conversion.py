@@ -215,9 +215,13 @@ def chat_prompt(row: Row, column: str, system_prompt: str | None) -> list[Messag
 def pairs(
     row: Row, is_chat: bool, has_margin: bool, system_prompt: str | None
 ) -> Iterator[dict[str, Any]]:
-    """The pairs of a row: chosen above rejected, and an edited answer, if any, above both."""
-    sides = ["edited", "chosen", "rejected"] if row.get("edited") else ["chosen", "rejected"]
-    for better, worse in combinations(sides, 2):
+    """The pairs of a row: chosen above rejected, and an edited answer, if any, above both.
+
+    An edit that changed nothing adds no pair.
+    """
+    edited = row.get("edited")
+    sides = ["edited"] if edited and edited not in (row.get("chosen"), row.get("rejected")) else []
+    for better, worse in combinations([*sides, "chosen", "rejected"], 2):
         pair = _pair(row, better, worse, is_chat, system_prompt)
         yield pair | ({"margin": _margin(row)} if has_margin else {})
 
@@ -295,9 +299,10 @@ def _number(row: Row, column: str) -> float:
 
 
 def ranked(row: Row, column: str, system_prompt: str | None) -> Iterator[dict[str, Any]]:
-    """All pairs of differently ranked answers in a list of objects.
+    """All pairs of differently ranked answers in a list, as Llama 3's edited > chosen > rejected.
 
-    The objects have a `rank`, where the lowest is best, or a `score`.
+    The answers are objects with a `rank`, where the lowest is best, or with a `score`; or they are
+    texts or messages, the best first. The margin is the difference of ranks or scores.
     """
     answers = row.get(column)
     if not isinstance(answers, list) or len(answers) < 2:
@@ -310,10 +315,15 @@ def ranked(row: Row, column: str, system_prompt: str | None) -> Iterator[dict[st
         if asked == "instruction"
         else _asked(row, asked, system_prompt)
     )
-    graded = sorted(
-        (_graded(item, f"answer {number} of `{column}`") for number, item in enumerate(answers, 1)),
-        key=lambda pair: -pair[0],
-    )
+    named = [
+        (item, number, f"answer {number} of `{column}`") for number, item in enumerate(answers, 1)
+    ]
+    bare = not any(isinstance(item, Mapping) for item in answers)
+    graded = [
+        (float(-number), _answer(item, name)) if bare else _graded(item, name)
+        for item, number, name in named
+    ]
+    graded.sort(key=lambda pair: -pair[0])
     for (high, better), (low, worse) in combinations(graded, 2):
         if high != low and better != worse:
             yield {"prompt": prompt, "chosen": better, "rejected": worse, "margin": high - low}

@@ -50,7 +50,7 @@ class Encoder:
         self._swallow_before = {token.content for token in added if token.lstrip}
         # The unknown token stands for ordinary text, where it is nothing else as well.
         unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
-        self._control_ids = frozenset(self.facts.control.values()) - unknown
+        self.control_ids = frozenset(self.facts.control.values()) - unknown
         self._headers: dict[tuple[str, bool], list[int]] = {}
         self._line_feed = self._ids("\n")
         # SentencePiece vocabularies put a space in front of a text, which pieces must not get.
@@ -63,7 +63,7 @@ class Encoder:
         results: list[Encoded | Problem] = []
         for layout in layouts:
             encoded = self.in_pieces(layout) if layout.protected.originals else next(batch)
-            found = tuple(i for i in encoded.ids if i in self._control_ids)
+            found = tuple(i for i in encoded.ids if i in self.control_ids)
             results.append(encoded if found == layout.control else _stray(layout))
         return results
 
@@ -95,7 +95,7 @@ class Encoder:
         tokenized by what follows. Only the text behind the last control token can differ.
         """
         behind = low
-        while behind and ids[behind - 1] not in self._control_ids:
+        while behind and ids[behind - 1] not in self.control_ids:
             behind -= 1
         position = offsets[behind - 1][1] if behind else 0
         return list(ids[behind:low]) == self._alone(text[position:start], not behind)
@@ -148,7 +148,7 @@ class Encoder:
         if not text:
             return []
         ids = self._ids(text, first)
-        if self._control_ids.isdisjoint(ids):
+        if self.control_ids.isdisjoint(ids):
             return ids
         # Not special in this vocabulary, or a word of it: break the token's name apart.
         ids, position = [], 0
@@ -157,7 +157,7 @@ class Encoder:
             ids += self._ids(text[position:cut], first and position == 0)
             position = cut
         ids += self._ids(text[position:], False)
-        if self._control_ids.isdisjoint(ids):
+        if self.control_ids.isdisjoint(ids):
             return ids
         return [i for character in text for i in self._ids(character, False)]
 

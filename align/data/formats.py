@@ -40,6 +40,7 @@ CANDIDATES: dict[Purpose, tuple[Candidate, ...]] = {
         ("preference", ("chosen", "rejected")),
         ("preference", ("completions",)),
         ("preference", ("answers",)),
+        ("preference", ("ranking",)),
     ),
     "prompts": (
         ("messages", ("messages",)),
@@ -59,6 +60,9 @@ NEEDS: dict[Purpose, str] = {
 
 CHATS = ("messages", "sharegpt", "alpaca", "hh_rlhf")
 """Forms that are always chats; the others are what their values are."""
+
+RANKED = ("completions", "answers", "ranking")
+"""Columns with all answers to one prompt, of which every differently ranked pair is taken."""
 
 SAID = {
     "messages": "chats in messages",
@@ -118,7 +122,7 @@ def recognise(source: Source, purpose: Purpose) -> Recognised:
         form = "hh_rlhf"
     is_chat = form in CHATS or transcripts or any(isinstance(first, list) for first in firsts)
     is_chat |= purpose == "preference" and "prompt" not in names and "instruction" in names
-    margin = column in ("completions", "answers")
+    margin = column in RANKED
     margin |= "margin" in names or {"score_chosen", "score_rejected"} <= names
     margin &= purpose == "preference"
     sentence = _sentence(source, form, is_chat, column, margin)
@@ -212,7 +216,7 @@ def _first(source: Source, column: str, mapping: Mapping[str, str]) -> Any:
 
 def _sentence(source: Source, form: Format, is_chat: bool, column: str, margin: bool) -> str:
     manner = "messages" if is_chat else "plain text without a chat template"
-    pairs = "ranked answers" if column in ("completions", "answers") else "preference pairs"
+    pairs = "ranked answers" if column in RANKED else "preference pairs"
     generic = {
         "prompt_completion": f"prompts and completions in {manner}",
         "preference": f"{pairs} in {manner}",
@@ -345,7 +349,7 @@ def _convert_batch(
 
 def _convert(row: conversion.Row, form: Recognised, system: str | None) -> list[dict[str, Any]]:
     if form.purpose == "preference":
-        if form.column in ("completions", "answers"):
+        if form.column in RANKED:
             return list(conversion.ranked(row, form.column, system))
         return list(conversion.pairs(row, form.chat, form.margin, system))
     if form.purpose == "prompts":

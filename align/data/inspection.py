@@ -95,7 +95,7 @@ def stage_rows(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Rende
         margin = config.use_margin
         return training_rows(config.data, tokenizer, "dpo", require_margin=margin)
     if isinstance(config, DPOConfig):
-        return training_rows(config.data, tokenizer, "dpo")
+        return training_rows(config.data, tokenizer, "dpo", mask_format=config.mask_format_tokens)
     if isinstance(config, SampleConfig | EvalConfig):
         return prompt_rows(config.data, tokenizer)
     fail("reads no rows, so there is nothing to inspect", where=type(config).__name__)
@@ -111,7 +111,7 @@ def sequences(data: RenderedData, rows: int) -> Iterator[Sequence]:
             prompt = row["prompt_ids"]
             for side in ("chosen", "rejected"):
                 answer = row[f"{side}_ids"]
-                mask = [0] * len(prompt) + [1] * len(answer)
+                mask = [0] * len(prompt) + (row.get(f"{side}_mask") or [1] * len(answer))
                 yield Sequence(number, side, prompt + answer, mask)
         else:
             yield Sequence(number, None, row["prompt_ids"], [0] * len(row["prompt_ids"]))

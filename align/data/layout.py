@@ -109,6 +109,11 @@ class Typesetter:
         """
         return self._lay_out(chats, first or [0] * len(chats))
 
+    def written(self, chat: Turns) -> str | None:
+        """A whole chat as the template writes it; None where it refuses these turns."""
+        result = self._render([chat])[0]
+        return None if isinstance(result, Problem) else result[0]
+
     def _lay_out(
         self, chats: Sequence[Turns], first: Sequence[int], *, opened: bool = False
     ) -> list[Layout | Problem]:

@@ -77,6 +77,7 @@ def training_rows(
     *,
     assistant_only: bool = True,
     require_margin: bool = False,
+    mask_format: bool = False,
 ) -> RenderedData:
     """Read, recognise, mix and render the rows of a training stage.
 
@@ -86,6 +87,8 @@ def training_rows(
         kind: what the stage trains: `sft`, `reward` or `dpo`.
         assistant_only: the loss of chats is on assistant turns only.
         require_margin: pairs without a margin are an error.
+        mask_format: pairs get `chosen_mask` and `rejected_mask`, which leave out what the chat
+            template writes into the answers.
 
     Returns:
         Token rows: sft `input_ids`, `labels` (-100 outside the loss); reward `chosen_ids`,
@@ -95,7 +98,11 @@ def training_rows(
     Raises:
         AlignError: anything wrong with the rows, each problem with file and row number.
     """
-    options = {"assistant_only": assistant_only, "require_margin": require_margin}
+    options = {
+        "assistant_only": assistant_only,
+        "require_margin": require_margin,
+        "mask_format": mask_format,
+    }
     with _quiet():
         sources, notes = _mixed(data)
         held_out: list[Source] = []

@@ -1,12 +1,13 @@
 """One row to token ids: chats, prompts, completions, pairs and plain text, with loss masks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from align.data.encoding import Encoded, Encoder
+from align.data.format_tokens import FormatTokens
 from align.data.layout import Layout, Turns, Typesetter
 from align.errors import AlignError, Problem
 
@@ -40,6 +41,8 @@ class Answered:
     """Whether every completion ends with a token that ends a turn or the text."""
     escaped: bool = False
     split: bool = False
+    formats: list[list[int]] | None = None
+    """For each completion 1 where the template and not an author wrote the token, if asked for."""
 
 
 class Renderer:
@@ -49,6 +52,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.typesetter = Typesetter(tokenizer)
         self.encoder = Encoder(tokenizer)
+        self.format_tokens = FormatTokens(tokenizer)
         tokens = [*self.typesetter.facts.turn_ends, tokenizer.eos_token]
         self.end_ids = frozenset(self.typesetter.facts.control[token] for token in tokens if token)
 
@@ -78,8 +82,10 @@ class Renderer:
         encoded = self._encode(self._opened(prompts))
         return [item if isinstance(item, Problem) else item[1].ids for item in encoded]
 
-    def answers(self, rows: Sequence[tuple[Prompt, Sequence[Prompt]]]) -> list[Answered | Problem]:
-        """Prompts, each with the same number of completions.
+    def answers(
+        self, rows: Sequence[tuple[Prompt, Sequence[Prompt]]], *, formats: bool = False
+    ) -> list[Answered | Problem]:
+        """Prompts, each with the same number of completions; with `formats`, their format masks.
 
         A completion ends behind the token that ends its turn; what the template writes after that
         (a line break in ChatML) is left out, as a sampled answer ends there too.
@@ -88,9 +94,28 @@ class Renderer:
             return []
         prompts = self._encode(self._opened([prompt for prompt, _ in rows]))
         columns = [self._encode(self._whole(rows, number)) for number in range(len(rows[0][1]))]
-        return [
+        joined = [
             self._join(prompt, wholes) for prompt, *wholes in zip(prompts, *columns, strict=True)
         ]
+        if not formats:
+            return joined
+        pairs = zip(rows, joined, strict=True)
+        return [
+            answer if isinstance(answer, Problem) else self._with_formats(row, answer)
+            for row, answer in pairs
+        ]
+
+    def _with_formats(self, row: tuple[Prompt, Sequence[Prompt]], answer: Answered) -> Answered:
+        prompt, completions = row
+        masks = []
+        for completion, ids in zip(completions, answer.completions, strict=True):
+            whole = [*answer.prompt_ids, *ids]
+            if isinstance(prompt, str) or isinstance(completion, str):
+                mask = self.format_tokens.plain_mask(whole)
+            else:
+                mask = self.format_tokens.mask([*prompt, *completion], whole)
+            masks.append(mask[len(answer.prompt_ids) :])
+        return replace(answer, formats=masks)
 
     def _opened(self, prompts: Sequence[Prompt]) -> list[Layout | Problem]:
         if all(isinstance(prompt, str) for prompt in prompts):

@@ -32,6 +32,8 @@ TOKEN_COLUMNS: dict[Kind, tuple[str, ...]] = {
     "prompts": ("prompt_ids",),
 }
 """The token columns of each kind, lists of ids (labels: -100 outside the loss)."""
+MASK_COLUMNS = ("chosen_mask", "rejected_mask")
+"""With masked format tokens: 1 for every token of an answer that is in the loss."""
 
 COUNTED = ("truncated", "escaped", "split", "ended", "tokens", "loss_tokens")
 BOOKKEEPING = {"fate", "problem", "hint", *COUNTED}
@@ -69,9 +71,10 @@ def render_dataset(
     *,
     assistant_only: bool = True,
     require_margin: bool = False,
+    mask_format: bool = False,
     check: bool = True,
 ) -> RenderedRows:
-    """Canonical rows of one source as token rows.
+    """Canonical rows of one source as token rows; `mask_format` adds the columns of the masks.
 
     Rows longer than `max_length` are cut at the end or left out (`truncation_mode`). Rows without a
     token in the loss are left out, and so are pairs that the cut made equal; all are counted.
@@ -90,6 +93,7 @@ def render_dataset(
     bookkeeping = {"_fate": Value("int8"), "_problem": Value("string"), "_hint": Value("string")}
     counted = {f"_{name}": Value("int32") for name in COUNTED}
     tokens = dict.fromkeys(TOKEN_COLUMNS[kind], IDS)
+    masks = dict.fromkeys(MASK_COLUMNS, List(Value("int8"))) if mask_format else {}
     made = rows.dataset.map(
         partial(
             _render_batch,
@@ -98,11 +102,12 @@ def render_dataset(
             assistant_only=assistant_only,
             max_length=data.max_length,
             drop=data.truncation_mode == "drop",
+            mask_format=mask_format,
         ),
         batched=True,
         batch_size=BATCH,
         remove_columns=[name for name in columns if name not in kept],
-        features=Features({**kept, **tokens, **bookkeeping, **counted}),
+        features=Features({**kept, **tokens, **masks, **bookkeeping, **counted}),
         num_proc=data.dataset_num_proc,
         keep_in_memory=True,
         load_from_cache_file=False,
@@ -177,6 +182,7 @@ def _render_batch(
     assistant_only: bool,
     max_length: int | None,
     drop: bool,
+    mask_format: bool,
 ) -> dict[str, list[Any]]:
     """Token columns and bookkeeping of a batch of canonical rows."""
     limit = _Limit(max_length, drop)
@@ -186,10 +192,12 @@ def _render_batch(
         rows = [_prompt_row(item, limit) for item in renderer.prompts(batch["prompt"])]
     else:
         sides = zip(batch["chosen"], batch["rejected"], strict=True)
-        pairs = renderer.answers(list(zip(batch["prompt"], sides, strict=True)))
+        asked = list(zip(batch["prompt"], sides, strict=True))
+        pairs = renderer.answers(asked, formats=mask_format)
         rows = [_pair_row(item, limit, kind) for item in pairs]
-    names = [*TOKEN_COLUMNS[kind], "_fate", "_problem", "_hint", *(f"_{name}" for name in COUNTED)]
-    defaults: dict[str, Any] = {name: [] for name in TOKEN_COLUMNS[kind]}
+    columns = [*TOKEN_COLUMNS[kind], *(MASK_COLUMNS if mask_format else ())]
+    names = [*columns, "_fate", "_problem", "_hint", *(f"_{name}" for name in COUNTED)]
+    defaults: dict[str, Any] = {name: [] for name in columns}
     defaults |= {f"_{name}": 0 for name in COUNTED}
     made = {name: [row.get(name, defaults.get(name)) for row in rows] for name in names}
     return {**{name: batch[name] for name in _kept_columns(list(batch), kind)}, **made}
@@ -277,6 +285,12 @@ def _pair_row(item: Answered | Problem, limit: _Limit, kind: Kind) -> dict[str, 
     columns = {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}
     if not whole:
         columns = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+    formats = item.formats or [[0] * len(answer) for answer in answers]
+    masks = [[1 - f for f in mask[: len(a)]] for mask, a in zip(formats, answers, strict=True)]
+    if not all(map(any, masks)):
+        return _lost("no_loss")
+    if item.formats is not None:
+        columns |= dict(zip(MASK_COLUMNS, masks, strict=True))
     shortened = any(len(a) < len(b) for a, b in zip(answers, item.completions, strict=True))
     return {
         **columns,
@@ -286,5 +300,5 @@ def _pair_row(item: Answered | Problem, limit: _Limit, kind: Kind) -> dict[str, 
         "_split": int(item.split),
         "_ended": int(item.ended and not shortened),
         "_tokens": 2 * len(prompt) + len(chosen) + len(rejected),
-        "_loss_tokens": len(chosen) + len(rejected),
+        "_loss_tokens": sum(map(sum, masks)),
     }

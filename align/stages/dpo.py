@@ -8,6 +8,7 @@ from align.config.sections import (
     DataSection,
     LoraSection,
     ModelSection,
+    NonNegativeFloat,
     PositiveFloat,
     Probability,
     StageConfig,
@@ -37,6 +38,10 @@ class DPOConfig(StageConfig):
     """TRL's loss or losses: `sigmoid`, `ipo`, `hinge`, `robust`, `exo_pair`, `apo_zero`, `sft`, ..."""
     loss_weights: list[float] | None = None
     """Weights when several losses are added."""
+    rpo_alpha: NonNegativeFloat = 0.0
+    """Weight of an added loss: the mean negative log-likelihood of the chosen answers' tokens (Llama 3 takes 0.2)."""
+    mask_format_tokens: bool = False
+    """Leave headers and end-of-turn tokens of both answers out of the loss (arXiv 2407.21783, section 4.1.4)."""
     label_smoothing: Probability = 0.0
     """Assumed share of flipped labels (`sigmoid`, `robust`, `exo_pair`)."""
     f_divergence_type: str = "reverse_kl"
@@ -71,7 +76,7 @@ def run(config: DPOConfig, folder: "RunFolder") -> None:
     set_seed(config.trainer.seed)
     arguments = dpo_arguments(config, folder.checkpoints)
     tokenizer = load_tokenizer(config.model)
-    rows = training_rows(config.data, tokenizer, "dpo")
+    rows = training_rows(config.data, tokenizer, "dpo", mask_format=config.mask_format_tokens)
     folder.data(rows)
     continued = config.model.continues_adapter
     policy = load_policy(config.model, trained=True, train_base=not config.lora.use_peft)

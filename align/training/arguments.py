@@ -134,12 +134,20 @@ def reward_arguments(config: RewardConfig, checkpoints: Path) -> trl.RewardConfi
 
 
 def dpo_arguments(config: DPOConfig, checkpoints: Path) -> trl.DPOConfig:
-    """TRL's DPOConfig; rows are cut to length while they are rendered."""
-    losses = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
+    """TRL's DPOConfig; rows are cut to length while they are rendered.
+
+    `rpo_alpha` becomes TRL's loss `sft` with that weight beside the others: the mean over all
+    chosen tokens of the batch of -log p (arXiv 2404.19733, eq. 1, with a batch's mean length).
+    """
+    losses = [config.loss_type] if isinstance(config.loss_type, str) else list(config.loss_type)
+    weights = config.loss_weights
+    if config.rpo_alpha:
+        weights = [*(weights or [1.0] * len(losses)), config.rpo_alpha]
+        losses = [*losses, "sft"]
     given = _common(config.trainer, checkpoints) | {
         "beta": config.beta,
         "loss_type": losses,
-        "loss_weights": config.loss_weights,
+        "loss_weights": weights,
         "label_smoothing": config.label_smoothing,
         "f_divergence_type": config.f_divergence_type,
         "precompute_ref_log_probs": config.precompute_ref_log_probs,

@@ -5,6 +5,7 @@ DPO refuses to train from a wrong reference.
 """
 
 import math
+from dataclasses import fields
 from typing import Any, TypeAlias
 
 import torch
@@ -12,7 +13,9 @@ import trl
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from align.data.token_rows import MASK_COLUMNS
 from align.errors import fail
 
 Model: TypeAlias = PreTrainedModel | PeftModel
@@ -38,8 +41,9 @@ class _TokenPairs:
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        if "length" not in self._signature_columns:  # else it is gone before the sampler looks
-            self._signature_columns: list[str] = [*self._signature_columns, "length"]
+        if "length" not in self._signature_columns:  # else they are gone before they are looked at
+            own = ("length", *MASK_COLUMNS)
+            self._signature_columns: list[str] = [*self._signature_columns, *own]
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         return None
@@ -56,6 +60,25 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         return None
 
 
+class MaskedPairs(DataCollatorForPreference):  # type: ignore[misc]
+    """TRL's batches of pairs; a row's `chosen_mask` and `rejected_mask` take tokens out of the loss.
+
+    A masked token counts in no log-probability of policy or reference, so its logits get no
+    gradient of their own; it is still read by the tokens behind it.
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super().torch_call(examples)
+        mask = batch["completion_mask"]
+        sides = ("chosen_mask", "rejected_mask")
+        rows = [(example, side) for side in sides for example in examples]
+        for row, (example, side) in enumerate(rows):
+            if side in example:
+                start, kept = len(example["prompt_ids"]), torch.tensor(example[side])
+                mask[row, start : start + len(kept)] *= kept
+        return batch
+
+
 class DPOTrainer(_TokenPairs, trl.DPOTrainer):  # type: ignore[misc]
     """DPO on `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
@@ -64,6 +87,16 @@ class DPOTrainer(_TokenPairs, trl.DPOTrainer):  # type: ignore[misc]
     """
 
     reference_checked = False
+    data_collator: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if type(self.data_collator) is DataCollatorForPreference:
+            given = {
+                field.name: getattr(self.data_collator, field.name)
+                for field in fields(self.data_collator)
+            }
+            self.data_collator = MaskedPairs(**given)
 
     def compute_loss(
         self,

@@ -64,7 +64,6 @@ RULES: Rules = {
     "pref_beta": To("beta"),
     "pref_loss": To("loss_type", preference_loss),
     "dpo_label_smoothing": To("label_smoothing"),
-    "pref_ftx": To("rpo_alpha", rules.not_zero),
     "default_system": To("data.system_prompt"),
     "train_on_prompt": To("data.assistant_only_loss", lambda on: not on),
     "neat_packing": To("data.packing", packed),

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from align.config.names import ALIASES
 from align.config.suggest import GONE
 from align.translation import rules
 from align.translation.rules import Drop, Extra, Joint, Rules, To
@@ -31,7 +32,7 @@ RULES: Rules = {
     "target_modules": To("lora.lora_target_modules", rules.names),
     "loss_type": Joint(),
     "label_smoothing_factor": Extra(),
-    **dict.fromkeys(("pref_ftx", "nll_loss_coef", "sft_loss_weight"), To("rpo_alpha")),
+    **dict.fromkeys(ALIASES, To("rpo_alpha", rules.not_zero)),
     "rpo_alpha": To("rpo_alpha", rules.not_zero),
     # the same name with another range of values
     "lora_target_modules": To("lora.lora_target_modules", rules.names),

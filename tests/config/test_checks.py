@@ -79,6 +79,8 @@ def test_the_plain_recipes_are_right(kind):
         ("dpo", "loss_type=sigmod", "loss_type", "did you mean `sigmoid`?"),
         ("dpo", "loss_type=[]", "loss_type", "is an empty list"),
         ("dpo", "loss_type=[sigmoid, sft] loss_weights=[1]", "loss_weights", "1 weights for 2"),
+        ("dpo", "loss_type=[sigmoid, sft] rpo_alpha=0.2", "rpo_alpha", "has it already"),
+        ("dpo", "chat_template=x chat_template_path=llama3", "model.chat_template", "both given"),
         ("dpo", "f_divergence_type=revers_kl", "f_divergence_type", "did you mean `reverse_kl`?"),
         ("dpo", "f_divergence_type=js_divergence loss_type=aot", "f_divergence_type", "`aot`"),
         ("dpo", "loss_type=exo_pair", "label_smoothing", "must be above 0"),

@@ -123,6 +123,21 @@ def test_later_layers_win_and_origins_say_so():
     assert set(loaded.origins) == {leaf.name for leaf in leaf_fields(config_class("sft"))}
 
 
+@pytest.mark.parametrize("name", ["pref_ftx", "nll_loss_coef", "sft_loss_weight"])
+def test_the_nll_weight_goes_by_the_names_of_other_tools(name):
+    base = BASE.replace("stage: sft", "stage: dpo")
+    for loaded in (
+        load_stage(recipe(f"{base}{name}: 0.2\n")),
+        load_stage(recipe(base), [f"{name}=0.2"]),
+    ):
+        assert loaded.config.rpo_alpha == 0.2
+        (note,) = loaded.notes
+        assert f"`{name}` is called `rpo_alpha` here" in note
+    (problem,) = problems(f"{base}rpo_alpha: 0.1\n{name}: 0.2\n")
+    assert "is given twice" in problem.message
+    assert "is no key of `sft`" in messages(f"{BASE}{name}: 0.2\n")[0]
+
+
 def test_flags_win_over_set():
     loaded = load_stage(recipe(BASE), ["seed=1"], flags={"trainer.seed": 2})
     assert loaded.config.trainer.seed == 2

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.config.sections import DataSection
-from align.data.conversion import HH_ASSISTANT, HH_HUMAN, transcript
+from align.data.conversion import HH_ASSISTANT, HH_HUMAN, ranked, transcript
+from align.data.conversion import pairs as three_way
 from align.data.formats import recognise, to_canonical
 from align.data.sources import load_sources
 from align.errors import AlignError
@@ -171,6 +172,35 @@ PREFERENCES = {
         ],
         "preference pairs in messages",
     ),
+    "edited without a change": (
+        EXPLICIT | {"edited": [A]},
+        [EXPLICIT],
+        "preference pairs in messages",
+    ),
+    "edited in plain text": (
+        {"prompt": "1 + 1 =", "edited": " 2", "chosen": " two", "rejected": " 3"},
+        [
+            {"prompt": "1 + 1 =", "chosen": " 2", "rejected": " two"},
+            {"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"},
+            {"prompt": "1 + 1 =", "chosen": " two", "rejected": " 3"},
+        ],
+        "preference pairs in plain text",
+    ),
+    "ranking": (
+        {"prompt": "hi", "ranking": ["oh", "ho", "no"]},
+        [
+            EXPLICIT
+            | {"chosen": [{"role": "assistant", "content": "oh"}], "rejected": [A], "margin": 1.0},
+            EXPLICIT | {"chosen": [{"role": "assistant", "content": "oh"}], "margin": 2.0},
+            EXPLICIT | {"margin": 1.0},
+        ],
+        "ranked answers in messages with a margin",
+    ),
+    "ranking of messages": (
+        {"prompt": [U], "ranking": [[A], [B]]},
+        [EXPLICIT | {"margin": 1.0}],
+        "ranked answers in messages with a margin",
+    ),
     "ranked": (
         {
             "context": [U],
@@ -211,6 +241,32 @@ def test_preferences_are_recognised_and_said(canonical, name):
     rows, sentence = canonical([row], "preference")
     assert rows == expected
     assert f"1 row of {said}" in sentence
+
+
+WORDS = st.text("abcdef", min_size=1, max_size=4)
+
+
+@given(st.lists(WORDS, min_size=2, max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_a_ranking_gives_every_pair_in_its_order_once(answers):
+    pairs = list(ranked({"prompt": "hi", "ranking": answers}, "ranking", None))
+    found = [(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs]
+    places = [(i, j) for i in range(len(answers)) for j in range(i + 1, len(answers))]
+    expected = [(answers[i], answers[j], j - i) for i, j in places if answers[i] != answers[j]]
+    assert sorted(found) == sorted((better, worse) for better, worse, _ in expected)
+    margins = sorted(pair["margin"] for pair in pairs)
+    assert margins == sorted(gap for _, _, gap in expected)
+
+
+@given(WORDS, WORDS, WORDS)
+@settings(max_examples=60, deadline=None)
+def test_an_edited_answer_stands_above_chosen_and_rejected(edited, chosen, rejected):
+    row = {"prompt": "hi", "edited": edited, "chosen": chosen, "rejected": rejected}
+    if chosen == rejected:
+        return
+    found = [(p["chosen"], p["rejected"]) for p in three_way(row, False, False, None)]
+    new = [] if edited in (chosen, rejected) else [(edited, chosen), (edited, rejected)]
+    assert found == [*new, (chosen, rejected)]
 
 
 PROMPTS = {

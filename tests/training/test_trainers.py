@@ -1,5 +1,6 @@
 """Loss and gradients of our stages equal plain TRL's on the same batch."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -201,7 +202,9 @@ def dpo_trainer(llama, pairs, tokenizer, tmp_path, model=None, **more) -> DPOTra
     return DPOTrainer(
         model=model or AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32),
         args=dpo_arguments(config, tmp_path),
-        train_dataset=training_rows(config.data, tokenizer, "dpo").train,
+        train_dataset=training_rows(
+            config.data, tokenizer, "dpo", mask_format=config.mask_format_tokens
+        ).train,
         processing_class=tokenizer,
         peft_config=lora(TaskType.CAUSAL_LM),
     )
@@ -219,3 +222,110 @@ def test_dpo_refuses_a_policy_that_is_not_its_reference(llama, pairs, tokenizer,
     perturb(trainer.model)
     with pytest.raises(AlignError, match="policy and reference differ"):
         first_gradients(trainer)
+
+
+# --- Llama 3's additions to DPO ---------------------------------------------------------------
+
+BETA, ALPHA = 0.1, 0.2
+
+
+def log_probabilities(model, ids: list[int]) -> torch.Tensor:
+    """log p of every token but the first, one by one."""
+    tokens = torch.tensor([ids])
+    logs = torch.log_softmax(model(input_ids=tokens).logits[0, :-1], dim=-1)
+    return logs.gather(1, tokens[0, 1:, None])[:, 0]
+
+
+def by_hand(trainer, *, masked: bool) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of DPO with NLL at its start, worked out on paper.
+
+    Policy and reference agree, so every margin is 0: the sigmoid loss is ln 2, and its derivative by
+    the log-probability of an answer is -beta / 2 for the chosen and +beta / 2 for the rejected, over
+    the number of pairs. The NLL term adds -alpha / N for each of the N chosen tokens.
+    """
+    model, rows = trainer.model, [trainer.train_dataset[i] for i in range(2)]
+    end = trainer.processing_class.convert_tokens_to_ids("<|eot_id|>")
+    kept = {
+        side: [[not (masked and token == end) for token in row[f"{side}_ids"]] for row in rows]
+        for side in ("chosen", "rejected")
+    }
+    count = sum(map(sum, kept["chosen"]))
+    weighted, nll = torch.zeros(()), 0.0
+    for number, row in enumerate(rows):
+        for side, sign in (("chosen", -1), ("rejected", 1)):
+            logs = log_probabilities(model, row["prompt_ids"] + row[f"{side}_ids"])
+            logs = logs[len(row["prompt_ids"]) - 1 :][torch.tensor(kept[side][number])]
+            weight = sign * BETA / 2 / len(rows) - (ALPHA / count if side == "chosen" else 0)
+            weighted = weighted + weight * logs.sum()
+            nll -= float(logs.sum()) / count if side == "chosen" else 0
+    weighted.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return math.log(2) + ALPHA * nll, grads
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_dpo_with_nll_and_format_mask_is_what_paper_and_pencil_give(
+    llama, pairs, tokenizer, tmp_path, masked
+):
+    trainer = dpo_trainer(
+        *(llama, pairs, tokenizer, tmp_path),
+        rpo_alpha=ALPHA,
+        beta=BETA,
+        mask_format_tokens=masked,
+    )
+    loss, grads = first_gradients(trainer)
+    expected, by_pencil = by_hand(trainer, masked=masked)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    trained = {name for name, grad in grads.items() if grad.abs().max() > 0}
+    assert len(trained) > 4
+    for name in trained:
+        scale = by_pencil[name].abs().max()
+        assert (grads[name] - by_pencil[name]).abs().max() <= 1e-4 * scale, name
+
+
+def test_the_nll_term_is_trls_own_loss(llama, pairs, tokenizer, tmp_path):
+    short = dpo_trainer(llama, pairs, tokenizer, tmp_path, rpo_alpha=0.2)
+    long = dpo_trainer(
+        *(llama, pairs, tokenizer, tmp_path),
+        loss_type=["sigmoid", "sft"],
+        loss_weights=[1.0, 0.2],
+    )
+    for trainer in (short, long):
+        perturb(trainer.model)
+        trainer.reference_checked = True
+    assert_same(short, long)
+
+
+def test_a_masked_end_token_gets_no_gradient(llama, tokenizer, tmp_path):
+    """Two answers that differ in their end token alone: nothing to learn once it is masked."""
+    from datasets import Dataset as Rows
+
+    end, other = (tokenizer.convert_tokens_to_ids(t) for t in ("<|eot_id|>", "<|end_of_text|>"))
+    row = {"prompt_ids": [0, 50], "chosen_ids": [60, 61, end], "rejected_ids": [60, 61, other]}
+    masks = {"chosen_mask": [1, 1, 0], "rejected_mask": [1, 1, 0]}
+    gradients = []
+    for more in ({}, masks):
+        config = config_of(DPOConfig, llama, tmp_path / "none.jsonl")
+        trainer = DPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32),
+            args=dpo_arguments(config, tmp_path),
+            train_dataset=Rows.from_list([{**row, **more}] * 2),
+            processing_class=tokenizer,
+            peft_config=lora(TaskType.CAUSAL_LM),
+        )
+        _, grads = first_gradients(trainer)
+        gradients.append(max(float(grad.abs().max()) for grad in grads.values()))
+    assert gradients[0] > 1e-4
+    assert gradients[1] < 1e-4 * gradients[0]  # the rest is rounding
+
+
+def test_the_mask_reaches_the_trainers_own_batches(llama, pairs, tokenizer, tmp_path):
+    """The columns survive the Trainer's removal of unused ones, in training and precomputing."""
+    trainer = dpo_trainer(
+        *(llama, pairs, tokenizer, tmp_path), mask_format_tokens=True, precompute_ref_log_probs=True
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert int(batch["completion_mask"][batch["input_ids"] == end].sum()) == 0
+    assert int(batch["completion_mask"].sum()) > 0
