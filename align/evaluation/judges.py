@@ -16,7 +16,7 @@ import regex as timed  # type: ignore[import-untyped]
 from align.errors import AlignError, Problem, fail
 from align.registry import Judge
 
-ANSWER_COLUMNS = ("answer", "label", "gold", "completion")
+ANSWER_COLUMNS = ("answer", "label", "gold", "completion", "output")
 
 _SIGN = r"([-+\u2212]?)"
 _DIGITS = r"(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"

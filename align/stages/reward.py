@@ -67,7 +67,9 @@ def run(config: RewardConfig, folder: "RunFolder") -> None:
         train_dataset=rows.train.select_columns(columns),
         eval_dataset=rows.test.select_columns(columns) if rows.test else None,
         processing_class=tokenizer,
-        peft_config=None if continued else lora_config(config.lora, reward=True),
+        peft_config=None
+        if continued
+        else lora_config(config.lora, reward=True, tokenizer=tokenizer),
     )
     fit(trainer, folder)
     save_and_verify(trainer, folder, config, tokenizer, rows)

@@ -151,6 +151,19 @@ def test_reward_model_is_reloaded_and_reported(llama, pairs, tmp_path):
     assert "score" in saved["modules_to_save"]
 
 
+def test_a_reward_model_may_train_the_control_tokens_of_a_base(llama, pairs, tmp_path):
+    artifact = run(
+        RewardConfig,
+        tmp_path / "reward",
+        {"model_name_or_path": str(llama)},
+        pairs,
+        lora={"trainable_token_indices": "control"},
+    )
+    saved = json.loads((artifact / "adapter_config.json").read_text())
+    assert saved["trainable_token_indices"] == [0, 2, 3, 4]
+    assert summary(artifact)["reload_difference"] < 1e-4
+
+
 @pytest.fixture
 def sft_adapter(llama, chats, tmp_path) -> Path:
     return run(SFTConfig, tmp_path / "before", {"model_name_or_path": str(llama)}, chats)

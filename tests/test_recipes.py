@@ -1,0 +1,96 @@
+"""The shipped recipes for real models: complete, lean, and with a header that says what one needs."""
+
+import re
+
+import pytest
+
+from align.config.fields import config_class, leaf_fields
+from align.config.load import is_pipeline, load_pipeline, load_stage, read_recipe
+from align.resources import shipped, shipped_recipes
+
+HERD = (
+    *("llama3-8b", "llama3.1-8b", "llama3.1-70b", "llama3.1-405b"),
+    *("llama3.2-1b", "llama3.2-3b"),
+)
+STAGES = ("sft", "sft-qlora", "sft-full", "reward", "sample", "dpo", "eval", "pipeline")
+OTHERS = ("llama2-7b", "instruct", "tasks")
+REAL = [recipe for recipe in shipped_recipes() if recipe.name.partition("/")[0] in HERD + OTHERS]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def every_stage(recipe):
+    """The loaded stages of a recipe or pipeline."""
+    document, _ = read_recipe(recipe.name)
+    if is_pipeline(document):
+        return load_pipeline(recipe.name, ready=False).stages
+    return {recipe.kind: load_stage(recipe.name, ready=False)}
+
+
+@pytest.mark.parametrize("model", HERD)
+def test_every_model_has_every_stage(model):
+    files = {path.stem for path in (shipped("recipes") / model).glob("*.yaml")}
+    assert set(STAGES) <= files
+
+
+@pytest.mark.parametrize("recipe", REAL, ids=lambda recipe: recipe.name)
+def test_the_header_says_what_one_needs(recipe):
+    lines = recipe.path.read_text(encoding="utf-8").splitlines()
+    header = [line for line in lines if line.startswith("#")]
+    assert lines[: len(header)] == header
+    said = " ".join(header)
+    assert re.search(r"\b(GPU|Memory)\b", said)
+    for figure in re.finditer(r"about [\d.]+ (?:GB|TB)[^.;]*", said):
+        assert "estimate" in said[figure.start() : figure.start() + 140], figure.group()
+    document, _ = read_recipe(recipe.name)
+    command = "run" if is_pipeline(document) else f"{document.data['stage']} --recipe"
+    assert f"align {command} {recipe.name}" in said
+
+
+@pytest.mark.parametrize(
+    "recipe", [r for r in REAL if r.kind != "pipeline"], ids=lambda recipe: recipe.name
+)
+def test_only_what_differs_from_the_defaults_is_given(recipe):
+    loaded = load_stage(recipe.name, ready=False)
+    values = loaded.config.model_dump()
+    same = []
+    for leaf in leaf_fields(config_class(loaded.kind)):
+        section, _, name = leaf.name.rpartition(".")
+        value = (values[section] if section else values)[name]
+        if loaded.origins[leaf.name] != "default" and value == leaf.default:
+            same.append(leaf.name)
+    assert same == []
+
+
+@pytest.mark.parametrize("model", HERD)
+def test_the_papers_settings(model):
+    dpo = load_stage(f"{model}/dpo", ready=False).config
+    assert (dpo.beta, dpo.rpo_alpha, dpo.mask_format_tokens) == (0.1, 0.2, True)
+    sft = load_stage(f"{model}/sft", ready=False).config
+    reward = load_stage(f"{model}/reward", ready=False).config
+    assert reward.model.model_name_or_path == sft.model.model_name_or_path, "the pretrained model"
+    assert not reward.use_margin
+    sample = load_stage(f"{model}/sample", ready=False).config
+    assert 10 <= sample.generation.num_generations <= 30
+    full = load_stage(f"{model}/sft-full", ready=False).config
+    assert not full.lora.use_peft
+    assert full.trainer.learning_rate == 1e-5
+    assert load_stage(f"{model}/sft-qlora", ready=False).config.model.load_in_4bit
+
+
+def test_llama_2_has_a_margin():
+    assert load_stage("llama2-7b/reward", ready=False).config.use_margin
+
+
+@pytest.mark.parametrize("model", HERD)
+def test_a_pipeline_hands_over(model):
+    """What one stage leaves is what the next one reads, whatever its own file says."""
+    pipeline = load_pipeline(f"{model}/pipeline", with_stages=(), ready=False)
+    values = {name: str(stage.config.model_dump()) for name, stage in pipeline.stages.items()}
+    for stage, taken in (("best", "$sft"), ("best", "$reward"), ("dpo", "$best/pairs.jsonl")):
+        assert taken in values[stage]
+    assert "$dpo" in values["eval"]
+    assert pipeline.pending == ()
