@@ -42,7 +42,7 @@ class ModelSection(Section):
     tokenizer_name_or_path: str | None = None
     """Hub id or folder of the tokenizer; the model's own when unset."""
     chat_template_path: str | None = None
-    """A Jinja file, or the name of a shipped template (`llama3`), that replaces the tokenizer's chat template."""
+    """A Jinja file, or a shipped template (`llama3`, `llama3.1`, `llama3.2`), in place of the tokenizer's own."""
     chat_template: str | None = None
     """The same as Jinja text."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

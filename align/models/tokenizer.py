@@ -19,9 +19,8 @@ from align.models.identity import artifact_hint
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-TEMPLATE_TOKENS = {
-    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-}
+LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+TEMPLATE_TOKENS = dict.fromkeys(("llama3", "llama3.1", "llama3.2"), LLAMA3_TOKENS)
 """Shipped template -> the control tokens it writes, all of which the vocabulary must hold."""
 
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]")
@@ -33,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def shipped_template(name: str) -> str:
-    """The text of a shipped chat template (`llama3`)."""
+    """The text of a shipped chat template (`llama3`, `llama3.1`, `llama3.2`)."""
     return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
 
 

@@ -27,6 +27,9 @@ DEFAULTS: dict[Tool, Mapping[str, Mapping[str, Any]]] = {
 }
 
 
+SHIPPED_TEMPLATES = ("llama3", "llama3.1", "llama3.2")
+
+
 @dataclass(frozen=True)
 class Translation:
     """A recipe of another tool in our words."""
@@ -149,9 +152,9 @@ def _template(work: Work) -> None:
             continue
         if isinstance(value, str) and ("{%" in value or "{{" in value):
             work.give("model.chat_template", value, key)
-        elif value in ("llama3", "llama-3"):
-            work.give("model.chat_template_path", "llama3", key)
-        elif isinstance(value, str) and (key.endswith("path") or value.endswith(".jinja")):
+        elif isinstance(value, str) and (
+            key.endswith("path") or value.endswith(".jinja") or value in SHIPPED_TEMPLATES
+        ):
             work.give("model.chat_template_path", value, key)
         else:
             work.say(key, "dropped", None, f"`{value}`: the tokenizer's own template is used")
