@@ -508,3 +508,37 @@ def test_the_command(tmp_path):
     again = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert "overwritten" in again.stderr
+
+
+def test_inspect_reads_a_flat_file_as_it_is():
+    from align.selection import to_inspect
+
+    Path("rows.jsonl").write_text('{"text": "x"}\n')
+    Path("flat.yaml").write_text(
+        "model_name_or_path: org/base\ndataset_name: rows.jsonl\noutput_dir: o\nmax_seq_length: 9\n"
+    )
+    loaded, config = to_inspect("flat.yaml", None, None, "sft")
+    assert config.data.max_length == 9
+    assert config.data.dataset_name.endswith("rows.jsonl")
+    assert any("max_seq_length" in note for note in loaded.notes)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("none.yaml", "ours.yaml"), "no such file"),
+        (("flat.yaml", "ours.txt"), "must end in .yaml"),
+        (("flat.yaml", "ours.yaml", "--from", "axolotol"), "did you mean `axolotl`?"),
+        (("flat.yaml", "ours.yaml", "--stage", "dop"), "did you mean `dpo`?"),
+    ],
+)
+def test_mistakes_of_the_command(words, said, capsys):
+    from align.cli import main
+
+    Path("flat.yaml").write_text(FLAT)
+    file, output, *more = words
+    with pytest.raises(SystemExit) as ended:
+        main(["recipes", "convert", file, "--output", output, *more])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not Path(output).exists()
