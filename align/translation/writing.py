@@ -25,12 +25,18 @@ def _comment(text: str) -> str:
     return sanitise(" ".join(text.split()))
 
 
+ODD_BREAKS = frozenset("\r\x85\u2028\u2029")
+"""Line breaks of YAML that only double quotes keep apart from a line feed."""
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes what our reader would take for a number though YAML 1.1 takes it for text."""
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
     style = "'" if not isinstance(plain(value), str) else "|" if "\n" in value else None
+    if set(value) & ODD_BREAKS:
+        style = '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from align.config.load import load_stage
@@ -278,6 +278,7 @@ def test_paths_beside_the_old_file_are_found_from_the_new_one():
     assert Path(found["data"]["dataset_name"]).is_file()
 
 
+@example({"accelerate_config": "\x85", "run_name": "a\nb\u2028c\r"})
 @given(
     st.dictionaries(
         st.sampled_from(sorted({*TABLES["trl"], "odd key", "a\nb: 1", "x\u2028y", "\x1b[31m"})),
