@@ -63,24 +63,59 @@ def _with_adapters(config: PPOConfig, policy: Any, tokenizer: PreTrainedTokenize
     if not config.model.continues_adapter:
         policy = get_peft_model(policy, lora_config(config.lora, tokenizer=tokenizer, model=policy))
     expose_trained_head(policy)
-    roles = Roles(policy)
+    critic = _critic(config, policy, tokenizer)
+    roles = Roles(policy, value=critic)
+    if critic is not None:
+        roles.reward_on_value = True
+        roles.reward_head = _head(critic)
     if config.model.continues_adapter:
-        roles.add_adapter("ref", policy.peft_config[POLICY], trained=False)
+        roles.add_adapter("ref", policy.peft_config[POLICY])
         weights = dict(policy.named_parameters())
         with torch.no_grad():
             for name, weight in weights.items():
                 if f".{POLICY}" in name:
                     weights[name.replace(f".{POLICY}", ".ref")].copy_(weight)
-    roles.reward_apart = _share_reward(config, roles, tokenizer)
-    shared = roles.shares_reward
-    if config.value_model == "adapter":
+    if critic is None:
+        roles.reward_apart = _share_reward(config, roles, tokenizer)
+    if config.value_model == "adapter" and critic is None:
+        shared = roles.shares_reward
         # Trained token rows are the policy's alone: they are for writing and reading its own turns.
         plain = config.lora.model_copy(update={"trainable_token_indices": None})
         like = policy.peft_config["reward"] if shared else lora_config(plain)
         assert isinstance(like, LoraConfig)
-        roles.add_adapter("value", deepcopy(like), trained=True)
+        roles.add_adapter("value", deepcopy(like))
     quicken(policy)
     return roles
+
+
+def _critic(config: PPOConfig, policy: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A full reward model as frozen weights under a new adapter: with the adapter it is the value, without it the
+    reward. None where the reward model is none, is an adapter, or reads other tokens than the policy writes."""
+    path = config.scorer.reward_model
+    wanted = config.value_model == "adapter" and config.value_init == "reward"
+    if path is None or not wanted or not config.scorer.share_base:
+        return None
+    if look_at(path).kind != "reward":
+        return None
+    model, its_tokenizer = load_reward_model(path)
+    if not same_tokens(tokenizer, its_tokenizer) or not isinstance(
+        _head_of(model), torch.nn.Linear
+    ):
+        return None
+    plain = config.lora.model_copy(update={"trainable_token_indices": None})
+    lora = lora_config(plain)
+    critic = get_peft_model(model.requires_grad_(False), lora)
+    quicken(critic)
+    return critic
+
+
+def _head_of(model: Any) -> Any:
+    return getattr(unwrapped(model), "score", None)
+
+
+def _head(model: Any) -> torch.Tensor:
+    weight: torch.Tensor = _head_of(model).weight
+    return weight.detach().reshape(-1).clone()
 
 
 def _share_reward(
@@ -178,8 +213,12 @@ def say_casting(name: str, roles: Roles, config: PPOConfig) -> None:
         say(f"{name}: full fine-tuning; reference and value have weights of their own")
         return
     on_base = ["policy", "reference"]
-    on_base += ["value"] if "value" in roles.adapters else ["value head"]
-    on_base += ["reward"] if roles.shares_reward else []
+    on_base += ["value"] if "value" in roles.adapters else []
+    on_base += ["value head"] if roles.value_on_policy else []
+    on_base += ["reward"] if "reward" in roles.adapters else []
+    if roles.reward_on_value:
+        say(f"{name}: one base for {', '.join(on_base)}; another for reward and value")
+        return
     own = config.scorer.reward_model is not None and not roles.shares_reward
     say(
         f"{name}: one base for {', '.join(on_base)}"

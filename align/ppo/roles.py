@@ -34,10 +34,12 @@ class Roles(nn.Module):  # type: ignore[misc]
         policy: the model that is trained: a PeftModel with the adapter `default`, or a full model.
         reference: a frozen copy of a full policy; None where the policy's adapter is switched off (or an adapter
             `ref` is switched on) instead.
-        value: a full model of its own for the value; None where the value sits on the policy's weights.
+        value: a model of its own for the value: a full one, or a PeftModel over the weights of a reward model; None
+            where the value sits on the policy's weights.
 
     Attributes:
         reward_apart: why the reward model is no adapter on the shared base; None where it is one.
+        reward_on_value: the weights under the value's adapter are the reward model.
     """
 
     def __init__(
@@ -52,18 +54,16 @@ class Roles(nn.Module):  # type: ignore[misc]
         self.reference = reference
         self.value = value
         self.reward_apart: str | None = None
+        self.reward_on_value = False
         self.reward_head: Tensor | None
         self.register_buffer("reward_head", None, persistent=False)
-        size = int(unwrapped(policy).config.get_text_config().hidden_size)
+        critic = policy if value is None else value
+        size = int(unwrapped(critic).config.get_text_config().hidden_size)
         device, head = self.device, nn.Linear(size, 1)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         self.value_head = head.to(device=device, dtype=torch.float32)
-        self._layers = [
-            module
-            for module in policy.modules()
-            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-        ]
+        self._layers = {id(model): _switches(model) for model in (policy, critic)}
 
     @property
     def device(self) -> torch.device:
@@ -81,24 +81,15 @@ class Roles(nn.Module):  # type: ignore[misc]
         """Names of the adapters on the shared base."""
         return set(self.policy.peft_config) if isinstance(self.policy, PeftModel) else set()
 
-    def add_adapter(self, name: str, config: LoraConfig, *, trained: bool) -> None:
-        """Put a new adapter on the shared base; the policy's stays the active one."""
+    def add_adapter(self, name: str, config: LoraConfig) -> None:
+        """Put a new adapter on the shared base; the policy's stays the active one. `value` is trained."""
         self.policy.add_adapter(name, config)
         self.policy.set_adapter(POLICY)
-        for parameter in self.adapter_parameters(name):
-            parameter.requires_grad_(trained)
-        self._layers = [
-            module
-            for module in self.policy.modules()
-            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-        ]
-        self._require_policy_gradients()
-
-    def _require_policy_gradients(self) -> None:
-        trained = {POLICY, "value"}
-        for name in self.adapters:
-            for parameter in self.adapter_parameters(name):
-                parameter.requires_grad_(name in trained)
+        self._layers[id(self.policy)] = _switches(self.policy)
+        trained_ones = {POLICY, "value"}
+        for other in self.adapters:  # PEFT's own switching froze the others
+            for parameter in self.adapter_parameters(other):
+                parameter.requires_grad_(other in trained_ones)
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         """Weights of one adapter, in a fixed order."""
@@ -134,37 +125,36 @@ class Roles(nn.Module):  # type: ignore[misc]
 
         `requires_grad` of no weight is touched, unlike in PEFT's own `set_adapter`.
         """
-        if role == "reference" and self.reference is not None:
-            yield self.reference
-            return
-        if role == "value" and self.value is not None:
-            yield self.value
-            return
-        adapter = self._adapter(role)
-        before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in self._layers]
+        model, adapter = self._seat(role)
+        layers = self._layers.get(id(model), [])
+        before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
         try:
-            for layer in self._layers:
+            for layer in layers:
                 # Trained token rows fail where the active adapter has none.
                 layer._disable_adapters = adapter is None or adapter not in _adapters_of(layer)
                 if adapter is not None:
                     layer._active_adapter = [adapter]
-            yield self.policy
+            yield model
         finally:
             for layer, active, disabled in before:
                 layer._active_adapter, layer._disable_adapters = active, disabled
 
-    def _adapter(self, role: Role) -> str | None:
-        """Adapter that plays a role on the shared base; None: the base alone."""
+    def _seat(self, role: Role) -> tuple[Any, str | None]:
+        """The model that plays a role, and its adapter; None: the weights alone."""
         if role == "reference":
-            return "ref" if "ref" in self.adapters else None
+            return self.reference or self.policy, "ref" if "ref" in self.adapters else None
+        if role == "value" and self.value is not None:
+            return self.value, POLICY
         if role == "value":
-            return "value" if "value" in self.adapters else POLICY
-        return POLICY if role == "policy" else role
+            return self.policy, "value" if "value" in self.adapters else POLICY
+        if role == "reward" and self.reward_on_value:
+            return self.value, None
+        return self.policy, POLICY if role == "policy" else role
 
     @property
     def shares_reward(self) -> bool:
-        """Whether the reward model is an adapter on the shared base."""
-        return "reward" in self.adapters
+        """Whether the reward model's weights are among these models."""
+        return "reward" in self.adapters or self.reward_on_value
 
     def values(self, hidden: Tensor) -> Tensor:
         """Values of hidden states, shape [n, d] -> [n], float32."""
@@ -230,7 +220,7 @@ class Roles(nn.Module):  # type: ignore[misc]
         kept: list[tuple[Any, Tensor]] = []
         layers = [
             layer
-            for layer in self._layers
+            for layer in self._layers[id(self.policy)]
             if isinstance(layer, LoraLayer) and POLICY in _adapters_of(layer)
         ]
         before = [layer._disable_adapters for layer in layers]
@@ -254,7 +244,7 @@ class Roles(nn.Module):  # type: ignore[misc]
         if not isinstance(self.policy, PeftModel):
             return False
         config = self.policy.peft_config[POLICY]
-        layers = [layer for layer in self._layers if isinstance(layer, LoraLayer)]
+        layers = [layer for layer in self._layers[id(self.policy)] if isinstance(layer, LoraLayer)]
         return bool(
             layers
             and not config.use_dora
@@ -264,6 +254,12 @@ class Roles(nn.Module):  # type: ignore[misc]
                 for layer in layers
             )
         )
+
+
+def _switches(model: nn.Module) -> list[Any]:
+    """The modules of a model in which an adapter is chosen."""
+    kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def _adapters_of(layer: Any) -> set[str]:
@@ -299,7 +295,7 @@ def add_reward_adapter(roles: Roles, folder: Path) -> str | None:
         return "it trains more than low-rank adapters and a head"
     fields = {key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}
     fields |= {"task_type": TaskType.CAUSAL_LM, "modules_to_save": None, "inference_mode": False}
-    roles.add_adapter("reward", LoraConfig(**fields), trained=False)
+    roles.add_adapter("reward", LoraConfig(**fields))
     if not _fill(roles.policy, body):
         roles.policy.delete_adapter("reward")
         return "its weights do not fit the language model's modules"

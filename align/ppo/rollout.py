@@ -17,6 +17,7 @@ from align.generation.sampler import sample_completions
 from align.models.tokenizer import end_of_turn_ids
 from align.ppo import estimators
 from align.ppo.experience import Episode, Experience, rows_of
+from align.ppo.flat import can_flatten
 from align.ppo.forward import Forward
 from align.ppo.roles import Roles
 from align.ppo.scoring import Scorer
@@ -188,6 +189,10 @@ class Collector:
         """What the first rollout fixes: the way through the models, the reward's scale, the value's start."""
         with torch.no_grad(), self.roles.playing("policy"):
             self.forward.settle(self.roles.policy, episodes[:2])
+        if (
+            self.roles.value is not None
+        ):  # another architecture may need padding where the policy does not
+            self.forward.padded |= not can_flatten(self.roles.value)
         if self.config.reward_normalization == "first":
             self.reward_mean = float(scores.mean())
             deviation = float(scores.std())
