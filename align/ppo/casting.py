@@ -104,6 +104,8 @@ def _critic(config: PPOConfig, policy: Any, tokenizer: PreTrainedTokenizerBase) 
         return None
     plain = config.lora.model_copy(update={"trainable_token_indices": None})
     lora = lora_config(plain)
+    assert lora is not None
+    lora.task_type, lora.exclude_modules = None, ["score"]
     critic = get_peft_model(model.requires_grad_(False), lora)
     quicken(critic)
     return critic
