@@ -37,6 +37,7 @@ SUMMARIES = {
     "reward": "Train a reward model on preference pairs.",
     "sample": "Rejection sampling: draw, score, keep the best, pair best and worst.",
     "dpo": "Direct preference optimization on pairs.",
+    "ppo": "Proximal policy optimization against a reward model.",
     "eval": "Answer held-out prompts and score the answers, with intervals.",
 }
 

@@ -59,6 +59,7 @@ ROOMS = {
     "sft": ("data", "models", "training"),
     "reward": ("data", "models", "training", "generation", "evaluation"),
     "dpo": ("data", "models", "training"),
+    "ppo": ("data", "models", "training", "generation", "evaluation", "tiny", "ppo"),
     "sample": ("data", "models", "generation", "evaluation", "tiny"),
     "eval": ("data", "models", "generation", "evaluation", "tiny"),
 }

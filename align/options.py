@@ -28,6 +28,12 @@ EVERYDAY: Mapping[str, tuple[str, ...]] = {
         *("output_dir", *MODEL, "lora.lora_r", *DATA),
         *(*TRAINING, "beta", "loss_type", *LAUNCH),
     ),
+    "ppo": (
+        *("output_dir", *MODEL, "lora.lora_r", "data.dataset_name", "data.dataset_train_split"),
+        *("scorer.reward_model", *TRAINING, "total_episodes", "num_ppo_epochs"),
+        *("num_mini_batches", "kl_coef", "generation.max_new_tokens", "generation.temperature"),
+        *LAUNCH,
+    ),
     "sample": (
         *("output_dir", *MODEL, "data.dataset_name", "data.dataset_train_split"),
         *("data.max_samples", "generation.num_generations", "generation.temperature"),
@@ -51,6 +57,7 @@ PANELS = {
     "generation": "Generation",
     "scorer": "Scoring",
     "pairs": "Scoring",
+    "alarms": "Alarms",
     "launch": "Launch",
 }
 """Section -> heading of its flags in the help."""

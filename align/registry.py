@@ -36,18 +36,27 @@ PAIR_RULES: dict[str, str | PairRule] = {
 }
 """Pair rules by name, as functions or as `module:function`."""
 
-Kind = Literal["judge", "pair rule"]
+REWARD_FUNCS: dict[str, str | Callable[..., Any]] = {}
+"""Reward functions by name: `function(prompts, completions, **columns) -> list of numbers`, as TRL's online
+trainers call them. Judges can be used as reward functions too."""
+
+Kind = Literal["judge", "pair rule", "reward function"]
 
 
 def registered(kind: Kind) -> dict[str, Any]:
     """The names of a kind and what is behind them."""
-    return JUDGES if kind == "judge" else PAIR_RULES
+    kinds: dict[Kind, dict[str, Any]] = {
+        "judge": JUDGES,
+        "pair rule": PAIR_RULES,
+        "reward function": REWARD_FUNCS,
+    }
+    return kinds[kind]
 
 
 def adopt_plugins(kind: Kind) -> None:
-    """Add what installed packages offer under the entry points `align.judges` and `align.pair_rules`."""
-    group = {"judge": "align.judges", "pair rule": "align.pair_rules"}[kind]
-    for point in entry_points(group=group):
+    """Add what installed packages offer under `align.judges`, `align.pair_rules`, `align.reward_funcs`."""
+    groups = {"judge": "judges", "pair rule": "pair_rules", "reward function": "reward_funcs"}
+    for point in entry_points(group=f"align.{groups[kind]}"):
         registered(kind).setdefault(point.name, point.value)
 
 
@@ -60,6 +69,24 @@ def check(kind: Kind, name: str) -> str | None:
         return None
     close = nearest(name, known)
     return f"did you mean `{close}`?" if close else f"one of {', '.join(sorted(known))}"
+
+
+def check_reward(name: str) -> str | None:
+    """None for a reward function or judge, else the hint that leads to one."""
+    if check("reward function", name) is None or check("judge", name) is None:
+        return None
+    known = {**REWARD_FUNCS, **JUDGES}
+    close = nearest(name, known)
+    return f"did you mean `{close}`?" if close else f"one of {', '.join(sorted(known))}"
+
+
+def resolve_reward(name: str) -> Callable[..., Any]:
+    """The reward function or judge behind a name. Raises AlignError for a name that nobody registered."""
+    hint = check_reward(name)
+    if hint is not None:
+        fail(f"no reward function or judge is called `{name}`", hint=hint)
+    kind: Kind = "reward function" if name in REWARD_FUNCS else "judge"
+    return resolve(kind, name)
 
 
 def resolve(kind: Kind, name: str) -> Callable[..., Any]:
@@ -91,3 +118,8 @@ def register_judge(name: str, function: Judge) -> None:
 def register_pair_rule(name: str, function: PairRule) -> None:
     """Make `function(groups, *, seed, ...) -> pairs` usable as `pair_rule: name`."""
     _register("pair rule", name, function)
+
+
+def register_reward_func(name: str, function: Callable[..., Any]) -> None:
+    """Make `function(prompts, completions, **columns) -> list of numbers` usable in `reward_funcs`."""
+    _register("reward function", name, function)

@@ -25,7 +25,7 @@ from align.config.sections import (
     TrainerSection,
 )
 from align.config.suggest import nearest
-from align.registry import Kind, check
+from align.registry import Kind, check, check_reward
 
 
 def troubles(config: StageConfig) -> Iterator[Trouble]:
@@ -44,7 +44,7 @@ def troubles(config: StageConfig) -> Iterator[Trouble]:
         yield from _trainer(trainer)
         if isinstance(data, DataSection):
             yield from _evaluation(trainer, data)
-    own = {"dpo": _dpo, "sample": _sample, "eval": _eval}.get(values["stage"])
+    own = {"dpo": _dpo, "sample": _sample, "eval": _eval, "ppo": _ppo}.get(values["stage"])
     if own:
         yield from own(config)
 
@@ -195,6 +195,44 @@ def _dpo(config: Any) -> Iterator[Trouble]:
     if "robust" in losses and config.label_smoothing >= 0.5:
         hint = "it is the assumed share of flipped labels"
         yield Trouble(("label_smoothing",), "must be below 0.5 with `robust`", hint, ("loss_type",))
+
+
+def _ppo(config: Any) -> Iterator[Trouble]:
+    scorer, generation, lora = config.scorer, config.generation, config.lora
+    if scorer.reward_model is None and not scorer.reward_funcs:
+        hint = "give `scorer.reward_model`, `scorer.reward_funcs` or both"
+        others = ("scorer.reward_funcs",)
+        yield Trouble(("scorer", "reward_model"), "is required", hint, others)
+    for name in scorer.reward_funcs:
+        wrong = check_reward(name) if ".py:" not in name else None
+        if wrong is not None:
+            message = f"names no reward function or judge: `{name}`"
+            yield Trouble(("scorer", "reward_funcs", name), message, wrong)
+    for key, neutral in (("top_p", 1.0), ("top_k", 0)):
+        if getattr(generation, key) != neutral:
+            message = "makes draws that the log-probabilities know nothing of"
+            yield Trouble(("generation", key), message, f"leave it at {neutral}")
+    if lora.use_peft and lora.lora_dropout:
+        message = "makes a ratio of probabilities noise"
+        yield Trouble(("lora", "lora_dropout"), message, "leave it at 0 for PPO")
+    both = "missing_eos_penalty" in config.model_fields_set and config.missing_eos_penalty
+    if config.missing_eos_score is not None and both:
+        message = "and `missing_eos_penalty` are both given"
+        others = ("missing_eos_penalty",)
+        yield Trouble(("missing_eos_score",), message, "give one of them", others)
+    if config.trainer.eval_strategy != "no":
+        message = "evaluates nothing in PPO, whose log shows every rollout"
+        yield Trouble(("trainer", "eval_strategy"), message, "leave it out and use `align eval`")
+    per_rollout = (
+        config.trainer.per_device_train_batch_size
+        * config.trainer.gradient_accumulation_steps
+        * config.num_mini_batches
+        * config.launch.num_processes
+    )
+    if per_rollout % (generation.num_generations * config.launch.num_processes):
+        message = f"does not divide the {per_rollout} episodes of a rollout"
+        hint = "batch size x accumulation x num_mini_batches must be a multiple of it"
+        yield Trouble(("generation", "num_generations"), message, hint)
 
 
 def _sample(config: Any) -> Iterator[Trouble]:

@@ -5,6 +5,7 @@ STAGES: dict[str, str] = {
     "reward": "align.stages.reward:RewardConfig",
     "sample": "align.stages.sample:SampleConfig",
     "dpo": "align.stages.dpo:DPOConfig",
+    "ppo": "align.stages.ppo:PPOConfig",
     "eval": "align.stages.evaluate:EvalConfig",
 }
 """Command name -> where the stage's config class is; the module beside it has `run(config, folder)`."""

@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 
 import torch
 import trl
+from transformers import TrainingArguments
 
 from align.config.sections import TrainerSection
 from align.errors import AlignError, Problem, fail
 from align.launch import SHARDED
 from align.stages.dpo import DPOConfig
+from align.stages.ppo import PPOConfig
 from align.stages.reward import RewardConfig
 from align.stages.sft import SFTConfig
 
@@ -41,7 +43,7 @@ ROWS = {
 }
 """Arguments of TRL's own preparation of rows, which reads nothing here: rows are token ids already."""
 
-Arguments = TypeVar("Arguments", trl.SFTConfig, trl.RewardConfig, trl.DPOConfig)
+Arguments = TypeVar("Arguments", trl.SFTConfig, trl.RewardConfig, trl.DPOConfig, TrainingArguments)
 
 
 def refuse_sharded_weights() -> None:
@@ -146,3 +148,8 @@ def dpo_arguments(config: DPOConfig, checkpoints: Path) -> trl.DPOConfig:
         "max_length": None,
     }
     return build(trl.DPOConfig, given, config.trainer.extra)
+
+
+def ppo_arguments(config: PPOConfig, checkpoints: Path) -> TrainingArguments:
+    """transformers' TrainingArguments; what is PPO's own goes from the config to the trainer."""
+    return build(TrainingArguments, _common(config.trainer, checkpoints), config.trainer.extra)

@@ -238,6 +238,15 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         self.folder.log(logs or {}, step=state.global_step)
 
 
+SHOWN = {
+    "loss": "loss",
+    "eval_loss": "eval_loss",
+    "objective/reward": "reward",
+    "objective/kl": "kl",
+}
+"""Logged figures that the progress line shows, and what it calls them."""
+
+
 class MeterCallback(TrainerCallback):  # type: ignore[misc]
     """Shows step, loss, tokens per second, time left and memory."""
 
@@ -270,7 +279,7 @@ class MeterCallback(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        shown = {key: logs[key] for key in ("loss", "eval_loss") if logs and key in logs}
+        shown = {name: logs[key] for key, name in SHOWN.items() if logs and key in logs}
         tokens = (logs or {}).get("num_tokens")
         if self.meter is not None and (shown or tokens):
             self.meter.update(state.global_step, tokens=tokens, **shown)

@@ -75,6 +75,7 @@ def save_policy(
     settings go with the weights.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
+    model = getattr(model, "policy", model)  # PPO trains a policy among other roles
     generation = generation_config(model, tokenizer)
     if not folder.is_main:
         return
@@ -90,8 +91,9 @@ def save_policy(
 
 
 def _merged(model: PeftModel) -> PreTrainedModel:
-    if "ref" in model.peft_config:  # TRL's frozen copy of a continued adapter
-        model.delete_adapter("ref")
+    # TRL's frozen copy of a continued adapter; PPO's other roles.
+    for name in set(model.peft_config) - {"default"}:
+        model.delete_adapter(name)
     merged: PreTrainedModel = model.merge_and_unload()
     return merged
 

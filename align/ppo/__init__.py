@@ -1,0 +1,1 @@
+"""Proximal policy optimization: rollout, scoring, advantage estimation and update, each a part of its own."""

@@ -1,0 +1,180 @@
+"""Sequences end to end in one row, without padding, and the attention that keeps them apart."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from align.generation.sampler import has_attention_caches, unwrapped
+
+SEGMENTS = "align_segments"
+"""Name of the attention below among transformers' attention functions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """A batch of prompts and completions as one row of N tokens."""
+
+    ids: Tensor
+    """Token ids, shape [N]."""
+    positions: Tensor
+    """Position of each token in its own sequence, shape [N]."""
+    lengths: list[int]
+    """Tokens of each sequence."""
+    rows: Tensor
+    """Places whose hidden states predict the completion tokens, episode by episode, shape [n]."""
+    targets: Tensor
+    """The completion tokens, shape [n]."""
+    last: Tensor
+    """Place of each sequence's last token, shape [sequences]."""
+
+
+def flatten(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: torch.device
+) -> Flat:
+    """Lay prompts and their completions (none empty) end to end."""
+    ids: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    lengths: list[int] = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        first = len(ids) + len(prompt) - 1
+        ids += [*prompt, *completion]
+        length = len(prompt) + len(completion)
+        positions += range(length)
+        rows += range(first, first + len(completion))
+        lengths.append(length)
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    targets = [token for completion in completions for token in completion]
+    return Flat(
+        torch.tensor(ids, device=device),
+        torch.tensor(positions, device=device),
+        lengths,
+        torch.tensor(rows, device=device),
+        torch.tensor(targets, device=device),
+        ends.to(device),
+    )
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each segment of one row.
+
+    Args:
+        query, key, value: shape [1, heads, N, size].
+        scaling: of the scores. sliding_window: keys further back are not seen.
+        cu_seq_lens_q: where segments begin and end, on the CPU, shape [segments + 1].
+
+    Returns:
+        shape [1, N, heads, size], and no weights.
+    """
+    assert cu_seq_lens_q is not None
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+    edges = cu_seq_lens_q.tolist()
+    parts = []
+    for first, end in pairwise(edges):
+        inside = (slice(None), slice(None), slice(first, end))
+        near = sliding_window is not None and end - first > sliding_window
+        mask = _window_mask(end - first, sliding_window, query.device) if near else None
+        parts.append(
+            functional.scaled_dot_product_attention(
+                query[inside],
+                key[inside],
+                value[inside],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+            )
+        )
+    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    back = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (back >= 0) & (back < (window or length))
+
+
+AttentionInterface.register(SEGMENTS, segment_attention)
+AttentionMaskInterface.register(SEGMENTS, lambda *_, **__: None)
+
+
+def can_flatten(model: Any) -> bool:
+    """Whether every layer is plain attention that transformers lets a function replace.
+
+    Layers with a recurrent state, attention sinks or capped scores are not: these models get padding.
+    """
+    base = unwrapped(model)
+    config = base.config.get_text_config()
+    odd = getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss"
+    return bool(
+        getattr(base, "_supports_attention_backend", False)
+        and has_attention_caches(model)
+        and not odd
+    )
+
+
+@contextmanager
+def segments_attended(model: Any) -> Iterator[None]:
+    """Let the model attend inside segments. The backward pass belongs inside too: gradient checkpointing
+    computes layers again there."""
+    config = unwrapped(model).config
+    before = config._attn_implementation
+    config._attn_implementation = SEGMENTS
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def hidden_states(model: Any, flat: Flat, *, padded: bool = False) -> Tensor:
+    """Last hidden states of every token, shape [N, d], in the order of the flat row.
+
+    Args:
+        model: a causal language model or classifier, or a PeftModel of one, with the adapter that is meant active.
+        padded: compute a padded batch instead (models that `can_flatten` refuses).
+    """
+    base = unwrapped(model)
+    backbone = getattr(base, base.base_model_prefix)
+    if padded:
+        return _padded(backbone, flat)
+    edges = torch.tensor([0, *flat.lengths]).cumsum(0).to(torch.int32)
+    with segments_attended(model):
+        found: Tensor = backbone(
+            input_ids=flat.ids[None],
+            position_ids=flat.positions[None],
+            use_cache=False,
+            cu_seq_lens_q=edges,
+        )[0]
+    return found[0]
+
+
+def _padded(backbone: Any, flat: Flat) -> Tensor:
+    lengths = torch.tensor(flat.lengths, device=flat.ids.device)
+    width = int(lengths.max())
+    mask = torch.arange(width, device=lengths.device) < lengths[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long, device=lengths.device)
+    ids[mask] = flat.ids
+    positions = torch.zeros_like(ids)
+    positions[mask] = flat.positions
+    found: Tensor = backbone(
+        input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
+    )[0]
+    return found[mask]

@@ -1,0 +1,98 @@
+"""Log-probabilities and hidden states of completions, by the quickest way that gives the model's own numbers."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align.generation.sampler import unwrapped
+from align.ppo.experience import Episode
+from align.ppo.flat import Flat, can_flatten, flatten, hidden_states, segments_attended
+from align.training.logprobs import linear_logprobs
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+"""How far log-probabilities may lie from the model's own; reduced precision rounds each in its way."""
+
+
+class Forward:
+    """One way through a model for all passes of a run, so that equal weights give equal numbers.
+
+    Without padding and without logits where that agrees with the model's own forward pass (`settle`), else with
+    padding, else with the model's own logits (heads that scale or cap them).
+
+    Args:
+        temperature: the one of the draws; divides every logit.
+    """
+
+    def __init__(self, model: Any, temperature: float) -> None:
+        self.temperature = temperature
+        self.padded = not can_flatten(model)
+        self.own_logits = False
+
+    def batch(self, episodes: Sequence[Episode], device: torch.device) -> Flat:
+        """Prompts and completions of some episodes, end to end."""
+        return flatten(
+            [episode.prompt_ids for episode in episodes],
+            [episode.completion_ids for episode in episodes],
+            device,
+        )
+
+    def attending(self, model: Any) -> AbstractContextManager[Any]:
+        """Wrap forward and backward pass in it."""
+        return nullcontext() if self.padded else segments_attended(model)
+
+    def hidden(self, model: Any, flat: Flat) -> Tensor:
+        """Last hidden states of all tokens, shape [N, d]."""
+        return hidden_states(model, flat, padded=self.padded)
+
+    def completions(self, model: Any, flat: Flat) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability and entropy of every completion token, [n], and the states in front of them, [n, d]."""
+        if self.own_logits:
+            return self._by_logits(model, flat)
+        rows = self.hidden(model, flat)[flat.rows]
+        head = unwrapped(model).get_output_embeddings()
+        logprobs, entropy = linear_logprobs(
+            rows, head.weight, flat.targets, temperature=self.temperature
+        )
+        return logprobs, entropy, rows
+
+    def _by_logits(self, model: Any, flat: Flat) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = torch.tensor(flat.lengths, device=flat.ids.device)
+        mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+        ids, positions = (
+            torch.zeros(mask.shape, dtype=torch.long, device=mask.device) for _ in "ab"
+        )
+        ids[mask], positions[mask] = flat.ids, flat.positions
+        output = unwrapped(model)(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        logs = (output.logits[mask][flat.rows].float() / self.temperature).log_softmax(-1)
+        entropy = -(logs.detach().exp() * logs.detach()).sum(-1)
+        chosen = logs.gather(1, flat.targets[:, None]).squeeze(1)
+        return chosen, entropy, output.hidden_states[-1][mask][flat.rows]
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def settle(self, model: Any, episodes: Sequence[Episode]) -> float:
+        """Compare with the model's own logits on a few episodes, and fall back as far as needed.
+
+        Returns:
+            The largest difference that is left.
+        """
+        device = next(model.parameters()).device
+        flat = self.batch(episodes, device)
+        wanted = self._by_logits(model, flat)[0]
+        dtype = unwrapped(model).dtype
+        allowed = TOLERANCE.get(dtype, 1e-3)
+        ways = [(False, False)] if not self.padded else []
+        for padded, own in [*ways, (True, False), (True, True)]:
+            self.padded, self.own_logits = padded, own
+            difference = float((self.completions(model, flat)[0] - wanted).abs().max())
+            if difference <= allowed:
+                return difference
+        return difference

@@ -1,0 +1,292 @@
+"""The four models of PPO on one set of frozen weights: adapters that are switched, and small heads.
+
+`policy` and `value` are trained, `reference` and `reward` are not. Where a role has an adapter, playing it means
+to switch that adapter on; where it has weights of its own (full fine-tuning), these are used.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from align.errors import fail
+from align.generation.sampler import unwrapped
+
+Role = Literal["policy", "reference", "value", "reward"]
+
+POLICY = "default"
+"""PEFT's name of the policy's adapter, as in every other stage."""
+
+
+class Roles(nn.Module):  # type: ignore[misc]
+    """Who plays which part, and the heads of value and reward.
+
+    Args:
+        policy: the model that is trained: a PeftModel with the adapter `default`, or a full model.
+        reference: a frozen copy of a full policy; None where the policy's adapter is switched off (or an adapter
+            `ref` is switched on) instead.
+        value: a full model of its own for the value; None where the value sits on the policy's weights.
+
+    Attributes:
+        reward_apart: why the reward model is no adapter on the shared base; None where it is one.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        *,
+        reference: nn.Module | None = None,
+        value: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self.reference = reference
+        self.value = value
+        self.reward_apart: str | None = None
+        self.reward_head: Tensor | None
+        self.register_buffer("reward_head", None, persistent=False)
+        size = int(unwrapped(policy).config.get_text_config().hidden_size)
+        device, head = self.device, nn.Linear(size, 1)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        self.value_head = head.to(device=device, dtype=torch.float32)
+        self._layers = [
+            module
+            for module in policy.modules()
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        ]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy is."""
+        found: torch.device = next(self.policy.parameters()).device
+        return found
+
+    @property
+    def quantization_method(self) -> Any:
+        """Of the base, so that a trainer does not move quantized weights."""
+        return getattr(unwrapped(self.policy), "quantization_method", None)
+
+    @property
+    def adapters(self) -> set[str]:
+        """Names of the adapters on the shared base."""
+        return set(self.policy.peft_config) if isinstance(self.policy, PeftModel) else set()
+
+    def add_adapter(self, name: str, config: LoraConfig, *, trained: bool) -> None:
+        """Put a new adapter on the shared base; the policy's stays the active one."""
+        self.policy.add_adapter(name, config)
+        self.policy.set_adapter(POLICY)
+        for parameter in self.adapter_parameters(name):
+            parameter.requires_grad_(trained)
+        self._layers = [
+            module
+            for module in self.policy.modules()
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        ]
+        self._require_policy_gradients()
+
+    def _require_policy_gradients(self) -> None:
+        trained = {POLICY, "value"}
+        for name in self.adapters:
+            for parameter in self.adapter_parameters(name):
+                parameter.requires_grad_(name in trained)
+
+    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
+        """Weights of one adapter, in a fixed order."""
+        return [
+            parameter
+            for key, parameter in self.policy.named_parameters()
+            if f".{name}." in key or key.endswith(f".{name}")
+        ]
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """What the policy's optimizer group trains."""
+        if isinstance(self.policy, PeftModel):
+            return [p for p in self.adapter_parameters(POLICY) if p.requires_grad]
+        return [p for p in self.policy.parameters() if p.requires_grad]
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """What the value's optimizer group trains: its head, and its adapter or model."""
+        own: list[nn.Parameter] = []
+        if "value" in self.adapters:
+            own = self.adapter_parameters("value")
+        elif self.value is not None:
+            own = [p for p in self.value.parameters() if p.requires_grad]
+        return [*own, *self.value_head.parameters()]
+
+    @property
+    def value_on_policy(self) -> bool:
+        """Whether the value head reads the policy's own hidden states."""
+        return self.value is None and "value" not in self.adapters
+
+    @contextmanager
+    def playing(self, role: Role) -> Iterator[Any]:
+        """The model of a role, with its adapter active; what was active before is active again afterwards.
+
+        `requires_grad` of no weight is touched, unlike in PEFT's own `set_adapter`.
+        """
+        if role == "reference" and self.reference is not None:
+            yield self.reference
+            return
+        if role == "value" and self.value is not None:
+            yield self.value
+            return
+        adapter = self._adapter(role)
+        before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in self._layers]
+        try:
+            for layer in self._layers:
+                layer._disable_adapters = adapter is None
+                if adapter is not None:
+                    layer._active_adapter = [adapter]
+            yield self.policy
+        finally:
+            for layer, active, disabled in before:
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def _adapter(self, role: Role) -> str | None:
+        """Adapter that plays a role on the shared base; None: the base alone."""
+        if role == "reference":
+            return "ref" if "ref" in self.adapters else None
+        if role == "value":
+            return "value" if "value" in self.adapters else POLICY
+        return POLICY if role == "policy" else role
+
+    @property
+    def shares_reward(self) -> bool:
+        """Whether the reward model is an adapter on the shared base."""
+        return "reward" in self.adapters
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """Values of hidden states, shape [n, d] -> [n], float32."""
+        found: Tensor = self.value_head(hidden.float()).squeeze(-1)
+        return found
+
+    def rewards(self, hidden: Tensor) -> Tensor:
+        """Rewards of the last hidden states of whole texts, shape [n, d] -> [n], float32."""
+        assert self.reward_head is not None
+        return (hidden.to(self.reward_head.dtype) @ self.reward_head).float()
+
+    def start_value_from_reward(self, mean: float, deviation: float) -> None:
+        """Let the value begin as the (normalized) reward model: its head, and its adapter if both have one."""
+        if self.reward_head is None:
+            return
+        with torch.no_grad():
+            self.value_head.weight.copy_(self.reward_head.float()[None] / deviation)
+            self.value_head.bias.fill_(-mean / deviation)
+        if "value" in self.adapters:
+            weights = dict(self.policy.named_parameters())
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    if ".reward." in name:
+                        weights[name.replace(".reward.", ".value.")].copy_(weight)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Every trained weight by name."""
+        return {
+            name: parameter.detach()
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `trained_state` gave; every name must be there on both sides."""
+        own = self.trained_state()
+        if own.keys() != state.keys():
+            odd = sorted(own.keys() ^ state.keys())[:3]
+            fail(f"the checkpoint trains other weights than this recipe: {', '.join(odd)}, ...")
+        with torch.no_grad():
+            for name, weight in state.items():
+                own[name].copy_(weight)
+
+    def gradient_checkpointing_enable(self, **arguments: Any) -> None:
+        """Recompute activations of the trained models in their backward passes."""
+        for model in (self.policy, self.value):
+            if model is not None:
+                unwrapped(model).gradient_checkpointing_enable(**arguments)
+                if hasattr(model, "enable_input_require_grads"):
+                    model.enable_input_require_grads()
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """The policy's adapter folded into the weights, for drawing; the very same weights come back afterwards.
+
+        Decoding is bound by small matrix products, and an adapter adds two to each. Costs one copy of the adapted
+        weights while it lasts.
+        """
+        kept: list[tuple[Any, Tensor]] = []
+        layers = [layer for layer in self._layers if isinstance(layer, LoraLayer)]
+        try:
+            for layer in layers:
+                base = layer.get_base_layer()
+                kept.append((base, base.weight.data))
+                delta = layer.get_delta_weight(POLICY).to(base.weight.dtype)
+                base.weight.data = base.weight.data + delta
+            for layer in layers:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for base, weight in kept:
+                base.weight.data = weight
+            for layer in layers:
+                layer._disable_adapters = False
+
+    def can_merge(self) -> bool:
+        """Whether `merged` gives the policy's own numbers: plain LoRA on float32 weights."""
+        if not isinstance(self.policy, PeftModel):
+            return False
+        config = self.policy.peft_config[POLICY]
+        layers = [layer for layer in self._layers if isinstance(layer, LoraLayer)]
+        return bool(
+            layers
+            and not config.use_dora
+            and all(
+                isinstance(layer.get_base_layer(), nn.Linear)
+                and layer.get_base_layer().weight.dtype is torch.float32
+                for layer in layers
+            )
+        )
+
+
+def silence_dropout(model: nn.Module) -> None:
+    """Switch dropout off for good: a ratio of probabilities must not be noise (arXiv 2403.17031, detail 7)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def add_reward_adapter(roles: Roles, folder: Path) -> str | None:
+    """Put a reward model's adapter and its head on the policy's base, as the adapter `reward`.
+
+    Returns:
+        None, or why the adapter does not fit a language model's base as it is; nothing is changed then.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    state = load_file(folder / "adapter_model.safetensors")
+    heads = {name: weight for name, weight in state.items() if ".score." in f".{name}"}
+    body = {name: weight for name, weight in state.items() if name not in heads}
+    # PEFT names both heads of classifiers, of which a language model's has `score`.
+    others = set(config.get("modules_to_save") or ()) - {"score", "classifier"}
+    head = next((weight for name, weight in heads.items() if name.endswith("weight")), None)
+    if others or head is None or len(heads) != 1 or config.get("trainable_token_indices"):
+        return "it trains more than low-rank adapters and a head"
+    fields = {key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}
+    fields |= {"task_type": TaskType.CAUSAL_LM, "modules_to_save": None, "inference_mode": False}
+    roles.add_adapter("reward", LoraConfig(**fields), trained=False)
+    result = set_peft_model_state_dict(roles.policy, body, adapter_name="reward")
+    own = [name for name, _ in roles.policy.named_parameters() if ".reward." in name]
+    if result.unexpected_keys or len(own) != len(body):
+        roles.policy.delete_adapter("reward")
+        return "its weights do not fit the language model's modules"
+    roles.reward_head = head.reshape(-1).to(roles.device)
+    return None
