@@ -49,7 +49,9 @@ def rows_of(data: DataSection) -> Rows:
     try:
         found = [_entry_rows(one.path, one.split, one.name) for one in entries(data)]
     except AlignError as error:
-        return Rows(None, None, str(error.problems[0].message))
+        later = any("artifact" in Path(one).parts for one in _names(data))
+        said = "written by an earlier run" if later else str(error.problems[0].message)
+        return Rows(None, None, said)
     counts = [one.count for one in found]
     count = sum(one for one in counts if one is not None) if None not in counts else None
     if count is not None and data.max_samples:
@@ -60,6 +62,10 @@ def rows_of(data: DataSection) -> Rows:
         count -= round(count * data.test_split_size)
     source = "; ".join(dict.fromkeys(one.source for one in found))
     return Rows(count, _mean(found), source, _downloads(found))
+
+
+def _names(data: DataSection) -> list[str]:
+    return [one.path for one in data.datasets or ()] + [data.dataset_name or ""]
 
 
 def _mean(found: list[Rows]) -> float | None:

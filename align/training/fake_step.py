@@ -9,7 +9,7 @@ rounding and fragmentation, the CUDA context, buffers of communication, workspac
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -52,7 +52,7 @@ class Step:
     """Tokens per sequence."""
     checkpointing: bool
     autocast: bool
-    lora: dict[str, Any] | None = None
+    lora: Mapping[str, Any] | None = None
     """Arguments of PEFT's LoraConfig; None trains every parameter."""
     optimizer: str = "adamw_torch"
     attention: str = "counted_attention"
