@@ -22,9 +22,16 @@ class Gpu:
     """Dense bfloat16 TFLOP/s with float32 sums (float16 where there is no bfloat16)."""
     bandwidth: float
     """Bytes per second."""
+    reach: float = 0.72
+    """Share of the nominal throughput that large products reach (power limits; GeForce cards are rated lower)."""
     bfloat16: bool = True
     flash: bool = True
     """Whether FlashAttention 2 runs on it."""
+
+    @property
+    def products(self) -> float:
+        """FLOP/s that large matrix products reach."""
+        return self.reach * self.tflops * 1e12
 
     @property
     def usable(self) -> float:
@@ -33,7 +40,8 @@ class Gpu:
 
 
 def _gpu(name: str, gib: float, tflops: float, gb_s: float, *, turing: bool = False) -> Gpu:
-    return Gpu(name, gib * GIB, tflops, gb_s * 1e9, not turing, not turing)
+    reach = 0.9 if name.startswith("RTX") else 0.72
+    return Gpu(name, gib * GIB, tflops, gb_s * 1e9, reach, not turing, not turing)
 
 
 GPUS = {
@@ -72,4 +80,6 @@ def find_gpu(name: str) -> Gpu:
     close = nearest(wanted, list(GPUS))
     known = ", ".join(gpu.name for gpu in GPUS.values())
     hint = f"did you mean `{GPUS[close].name}`? " if close else ""
-    fail("is no kind of GPU that is known here", where=f"--gpu {name}", hint=f"{hint}Known: {known}")
+    fail(
+        "is no kind of GPU that is known here", where=f"--gpu {name}", hint=f"{hint}Known: {known}"
+    )

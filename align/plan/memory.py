@@ -314,6 +314,7 @@ def generation_memory(
     weights: str,
     *,
     sequences: int,
+    prompts: int,
     prompt: int,
     new: int,
     adapter: int = 0,
@@ -325,6 +326,7 @@ def generation_memory(
         shape: the model.
         weights: its number format.
         sequences: completions drawn at once.
+        prompts: different prompts among them; each is computed once.
         prompt: longest prompt in tokens.
         new: longest completion in tokens.
         adapter: parameters of an adapter that stays apart (float32).
@@ -334,7 +336,7 @@ def generation_memory(
     cache = shape.kv_bytes * sequences * (prompt + new)
     # Sampling sorts and sums float32 logits: four copies. The MLP of the prompt pass: gate, up, product.
     logits = 4 * 4 * shape.vocab * sequences
-    working = min(sequences * prompt, 65536) * (6 * _inner(shape) + 8 * shape.hidden)
+    working = prompts * prompt * (6 * _inner(shape) + 8 * shape.hidden)
     return Memory(
         weights=base + beside,
         adapters=4.0 * adapter,

@@ -7,7 +7,7 @@ from typing import Any
 from align.config.sections import StageConfig
 from align.errors import Problem
 from align.plan.gpus import GPUS, Gpu
-from align.plan.memory import training_memory
+from align.plan.memory import NF4, SLACK, Training, training_memory
 from align.plan.stages import StagePlan
 
 LORA_RATE = 5e-5
@@ -44,36 +44,44 @@ def _ways_out(plan: StagePlan, config: Any, gpu: Gpu) -> Iterator[str]:
     """Settings that make the stage fit, tried one by one; then the GPUs that hold it as it is."""
     assert plan.memory is not None
     trainer = getattr(config, "trainer", None)
-    tried = []
     if plan.largest_micro_batch and trainer is not None:
         yield f"trainer.per_device_train_batch_size: {plan.largest_micro_batch}"
     elif plan.largest_micro_batch:
         yield f"generation.generation_batch_size: {plan.largest_micro_batch}"
     given = plan.training
     if given is not None and not plan.largest_micro_batch and trainer is not None:
-        one = replace(given, tokens=given.tokens // trainer.per_device_train_batch_size)
-        light = replace(one, checkpointing="full")
-        shape = given.shape
-        adapter = given.adapter or shape.adapter(16, "all-linear")
-        lora = replace(light, weights="bfloat16", adapter=adapter, adapter_bytes=4, reference=False)
-        ways = (
-            ("trainer.gradient_checkpointing: true, batch size 1", light),
-            ("LoRA (lora.use_peft: true, model.dtype: bfloat16), batch size 1", lora),
-            (
-                "QLoRA (model.load_in_4bit: true, lora.use_peft: true), batch size 1",
-                replace(lora, weights="nf4-double", adapter_bytes=2),
-            ),
-        )
-        for text, way in ways:
-            if way != one and training_memory(way).total * 1.04 <= gpu.usable:
-                tried.append(text)
-        yield from tried[:2]
-    bigger = [one for one in GPUS.values() if plan.memory.total <= one.usable]
+        yield from list(_lighter(given, trainer.per_device_train_batch_size, gpu))[:2]
+    bigger = _smallest_gpus(plan.memory.total)
     if bigger:
-        names = sorted(bigger, key=lambda one: one.memory)[:3]
-        yield f"--gpu {' or '.join(one.name for one in names)}"
-    elif not tried and not plan.largest_micro_batch:
-        yield "no single GPU holds it, and align's stages hold the whole model on each"
+        yield f"--gpu {' or '.join(bigger)}"
+    elif given is None:
+        yield "no single GPU holds it: take a smaller model"
+
+
+def _lighter(given: Training, rows: int, gpu: Gpu) -> Iterator[str]:
+    """Ways to train that fit the GPU with one row, or the smallest GPU that they fit."""
+    one = replace(given, tokens=given.tokens // rows)
+    light = replace(one, checkpointing="full")
+    adapter = given.adapter or given.shape.adapter(16, "all-linear")
+    lora = replace(light, weights="bfloat16", adapter=adapter, adapter_bytes=4, reference=False)
+    qlora = replace(lora, weights="nf4-double", adapter_bytes=2)
+    ways = (
+        ("trainer.gradient_checkpointing: true", light),
+        ("LoRA (lora.use_peft: true, model.dtype: bfloat16)", lora),
+        ("QLoRA (lora.use_peft: true, model.load_in_4bit: true)", qlora),
+    )
+    needed = {text: training_memory(way).total * (1 + SLACK) for text, way in ways if way != one}
+    yield from (f"{text}, batch size 1" for text, size in needed.items() if size <= gpu.usable)
+    for text, size in needed.items():
+        elsewhere = _smallest_gpus(size)[:1]
+        if size > gpu.usable and elsewhere:
+            yield f"{text}, batch size 1, on one {elsewhere[0]}"
+
+
+def _smallest_gpus(needed: float) -> list[str]:
+    """Names of up to three kinds that hold so many bytes, the smallest first."""
+    kinds = sorted(GPUS.values(), key=lambda one: one.memory)
+    return [one.name for one in kinds if needed <= one.usable][:3]
 
 
 def _hardware(config: Any, gpu: Gpu) -> Iterator[Problem]:
@@ -126,9 +134,10 @@ def _training(plan: StagePlan, config: Any) -> Iterator[Problem]:
                 "trainer.optim",
                 "adamw_torch_fused does without",
             )
-    if given.shape.experts:
+    if given.shape.experts and (given.weights in NF4 or given.weights == "int8"):
+        size = 2 * given.shape.fused / 2**30
         yield Problem(
-            "experts are one fused parameter in transformers 5: neither 4-bit nor LoRA reaches them",
-            "model.model_name_or_path",
-            "plan for 16-bit experts; the adapter trains attention and shared layers",
+            f"experts are no linear layers in transformers 5, so {size:.0f} GiB of them stay in 16 bits",
+            "model.load_in_4bit" if given.weights in NF4 else "model.load_in_8bit",
+            "plan for 16-bit experts (the figures above do), or take a dense model",
         )

@@ -78,7 +78,12 @@ class Plan:
         plain["memory"] = (
             None
             if memory is None
-            else {**memory.parts, "total": memory.total, "states": memory.states, "phase": memory.phase}
+            else {
+                **memory.parts,
+                "total": memory.total,
+                "states": memory.states,
+                "phase": memory.phase,
+            }
         )
         plain["fits"] = stage.fits(self.gpu)
         plain["problems"] = [

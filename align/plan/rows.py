@@ -134,7 +134,8 @@ def _hub_rows(hub: str, split: str) -> int | None:
 
 def _count_files(files: tuple[Path, ...]) -> tuple[int | None, float | None]:
     """Rows of local files, and tokens of the first ones by their characters."""
-    total, lengths = 0, []
+    total = 0
+    lengths: list[float] = []
     for file in files:
         if file.suffix.lower() != ".jsonl" or file.stat().st_size > MOST:
             return None, None

@@ -17,6 +17,8 @@ from align.errors import fail
 
 FAMILIES = Path(__file__).with_name("families.json")
 
+MLP = ("gate_proj", "up_proj", "down_proj")
+
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "int8": 1.0, "int4": 0.5}
 """Bytes per parameter of plain number formats."""
 
@@ -31,8 +33,14 @@ class Linear:
     count: int = 1
     """How many of it a block has (experts)."""
     fused: bool = False
-    """Experts are one three-dimensional parameter in transformers 5: PEFT's `all-linear` and
-    bitsandbytes, which look for linear layers, pass them by."""
+    """Experts are one three-dimensional parameter in transformers 5, which bitsandbytes, looking for
+    linear layers, passes by; PEFT adapts each expert."""
+    doubled: bool = False
+    """Two layers in one, which PEFT gives twice the rank."""
+
+    def adapter(self, rank: int) -> int:
+        """Parameters of a LoRA adapter on it."""
+        return rank * (1 + self.doubled) * (self.inputs + self.outputs) * self.count
 
     @property
     def size(self) -> int:
@@ -122,7 +130,8 @@ class Shape:
         hidden, inner = self.hidden, self.intermediate
         if self.experts and layer >= self.dense_layers:
             inner = int(self.config.get("moe_intermediate_size") or inner)
-            yield Linear("experts", hidden, 3 * inner, self.experts, fused=True)
+            yield Linear("experts", hidden, 2 * inner, self.experts, fused=True, doubled=True)
+            yield Linear("experts", inner, hidden, self.experts, fused=True)
             yield Linear("router", hidden, self.experts, fused=True)
             shared = int(self.config.get("n_shared_experts") or 0) * inner
         else:
@@ -185,23 +194,22 @@ class Shape:
         return 2 * 2 * self.layers * self.keys
 
     def adapter(self, rank: int, targets: str | list[str]) -> int:
-        """Parameters of a LoRA adapter: rank times (inputs + outputs) of every layer it sits on."""
-        return sum(
-            rank * (one.inputs + one.outputs) for one in self._all() if _targeted(one, targets)
-        )
+        """Parameters of a LoRA adapter: rank times (inputs + outputs) of every layer it sits on.
 
+        With experts, PEFT's `all-linear` takes attention, experts and router, and neither the shared
+        experts nor the MLP of first dense blocks.
+        """
+        return sum(one.adapter(rank) for one in self._all() if self._targeted(one, targets))
 
-def _targeted(one: Linear, targets: str | list[str]) -> bool:
-    if one.fused:
-        return False
-    if targets == "all-linear":
-        return True
-    if isinstance(targets, str):
-        try:
-            return re.fullmatch(rf"(?:.*\.)?(?:{targets})", one.name) is not None
-        except re.error:
-            return False
-    return any(name.rpartition(".")[2] == one.name for name in targets)
+    def _targeted(self, one: Linear, targets: str | list[str]) -> bool:
+        if targets == "all-linear":
+            return one.fused or not (self.experts and one.name in MLP)
+        if isinstance(targets, str):
+            try:
+                return re.fullmatch(rf"(?:.*\.)?(?:{targets})", one.name) is not None
+            except re.error:
+                return False
+        return any(name.rpartition(".")[2] == one.name for name in targets)
 
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")

@@ -173,7 +173,9 @@ def _trained(config: Any, origin: Origin) -> tuple[int, str]:
     if lora.use_dora:
         count += sum(one.outputs for layer in range(shape.layers) for one in shape.block(layer))
     count += sum(
-        shape.embedding for one in lora.lora_modules_to_save or () if one in ("lm_head", "embed_tokens")
+        shape.embedding
+        for one in lora.lora_modules_to_save or ()
+        if one in ("lm_head", "embed_tokens")
     )
     quantized = config.model.load_in_4bit or config.model.load_in_8bit
     kind = "QLoRA" if quantized else "DoRA" if lora.use_dora else "LoRA"
@@ -232,7 +234,8 @@ def _length(data: DataSection, shape: Shape) -> int:
 
 
 def _take_model(plan: StagePlan, config: Any, setting: Setting) -> Origin:
-    origin = _origin(config.model.model_name_or_path, setting)
+    plan.model = config.model.model_name_or_path
+    origin = _origin(plan.model, setting)
     adapter = config.model.adapter_name_or_path
     if adapter is not None:
         beside = _origin(adapter, setting)
@@ -256,8 +259,8 @@ def _take_rows(plan: StagePlan, config: Any, setting: Setting) -> Rows:
 
 def _training(plan: StagePlan, config: Any, setting: Setting) -> Result:
     """`sft`, `reward`, `dpo`: a fixed number of rows through TRL's trainers."""
-    origin = _take_model(plan, config, setting)
     rows = _take_rows(plan, config, setting)
+    origin = _take_model(plan, config, setting)
     shape = origin.shape
     if shape is None:
         return Result(origin)
@@ -317,7 +320,11 @@ def _leave(plan: StagePlan, config: Any, origin: Origin, given: Training) -> Res
     """Disk of the run, and what later stages find."""
     shape, trainer = given.shape, config.trainer
     merged = getattr(config, "merge_adapter", False) or not given.adapter
-    each = given.adapter_bytes if given.adapter else weight_bytes(shape, given.weights) / shape.parameters
+    each = (
+        given.adapter_bytes
+        if given.adapter
+        else weight_bytes(shape, given.weights) / shape.parameters
+    )
     artifact = weight_bytes(shape, given.weights) if merged else float(given.adapter * each)
     plan.disk["artifact"] = artifact
     if plan.steps is None or plan.steps >= trainer.save_steps:
@@ -330,8 +337,8 @@ def _leave(plan: StagePlan, config: Any, origin: Origin, given: Training) -> Res
 
 def _ppo(plan: StagePlan, config: Any, setting: Setting) -> Result:
     """Policy, value and reward adapters on one base; rollouts and updates take turns."""
-    origin = _take_model(plan, config, setting)
     rows = _take_rows(plan, config, setting)
+    origin = _take_model(plan, config, setting)
     shape = origin.shape
     if shape is None:
         return Result(origin)
@@ -344,13 +351,15 @@ def _ppo(plan: StagePlan, config: Any, setting: Setting) -> Result:
         # Value and its optimizer beside the policy's; the reward's adapter is frozen.
         policy = given.adapter
         given = replace(given, adapter=policy * (2 if own_value else 1))
-        given = replace(given, extra=policy * given.adapter_bytes if config.scorer.reward_model else 0)
+        given = replace(
+            given, extra=policy * given.adapter_bytes if config.scorer.reward_model else 0
+        )
     plan.training, plan.trainable = given, given.adapter or shape.parameters
     _fill_memory(plan, config, setting, given)
     live = generation.generation_batch_size
     draw = generation_memory(
         shape, given.weights, sequences=live, prompt=prompt, new=generation.max_new_tokens,
-        adapter=0, beside=_lasting(given),
+        prompts=math.ceil(live / generation.num_generations), beside=_lasting(given),
     )  # fmt: skip
     draw = _with_slack(draw)
     if plan.memory is not None and draw.total > plan.memory.total:
@@ -402,13 +411,13 @@ def _episode_seconds(
         replace(given, tokens=round(rows * tokens)), setting.gpu, length=plan.length
     )
     roles = 2 if config.value_model == "adapter" else 1
-    return drawn + scored + roles * config.num_ppo_epochs * step / rows
+    return float(drawn + scored + roles * config.num_ppo_epochs * step / rows)
 
 
 def _sample(plan: StagePlan, config: Any, setting: Setting) -> Result:
     """Rejection sampling: K completions per prompt, scored."""
-    origin = _take_model(plan, config, setting)
     rows = _take_rows(plan, config, setting)
+    origin = _take_model(plan, config, setting)
     plan.way = f"draws {config.generation.num_generations} per prompt"
     best = config.pairs.keep_best * (plan.rows or 0)
     pairs = config.pairs.pairs_per_prompt * (plan.rows or 0)
@@ -427,7 +436,9 @@ def _sample(plan: StagePlan, config: Any, setting: Setting) -> Result:
         plan, setting, origin, weights, rows, prompt=_length(config.data, shape),
         samples=generation.num_generations, generation=generation, beside=scorer,
     )  # fmt: skip
-    plan.disk["artifact"] = (plan.rows or 0) * generation.num_generations * 6.0 * generation.max_new_tokens
+    plan.disk["artifact"] = (
+        (plan.rows or 0) * generation.num_generations * 6.0 * generation.max_new_tokens
+    )
     return Result(None, made)
 
 
@@ -444,8 +455,9 @@ def _draw(
 
     def needed(count: int) -> Memory:
         found = generation_memory(
-            shape, weights, sequences=count, prompt=prompt, new=new, adapter=adapter, beside=beside
-        )
+            shape, weights, sequences=count, prompts=math.ceil(count / samples), prompt=prompt,
+            new=new, adapter=adapter, beside=beside,
+        )  # fmt: skip
         return _with_slack(found)
 
     plan.memory, plan.micro_batch = needed(live), live

@@ -95,7 +95,9 @@ def _memory(memory: Memory, plan: Plan) -> str:
         for name, value in memory.parts.items()
         if value > SMALL * memory.total
     ]
-    whole = f"{memory.total / GIB:.1f} of {plan.gpu.usable / GIB:.1f} GiB at the peak ({memory.phase})"
+    whole = (
+        f"{memory.total / GIB:.1f} of {plan.gpu.usable / GIB:.1f} GiB at the peak ({memory.phase})"
+    )
     return f"{whole}: {', '.join(parts)}"
 
 
@@ -130,7 +132,8 @@ def _duration(seconds: float) -> str:
 def _totals(plan: Plan) -> Iterator[Line]:
     seconds = plan.seconds
     if seconds is not None:
-        yield "time", f"about {_duration(seconds)} on the {plan.gpu.name} asked for", ""
+        bound = "at most " if any(stage.tokens_are_bound for stage in plan.stages) else ""
+        yield "time", f"{bound}about {_duration(seconds)} on {plan.gpu.name}", ""
     yield "disk", f"{size(plan.disk)}, downloads of known size included", ""
     pushes = [name for stage in plan.stages for name in stage.pushes]
     yield "pushed", ", ".join(pushes) or "nothing: no stage of this recipe uploads", ""
@@ -138,9 +141,13 @@ def _totals(plan: Plan) -> Iterator[Line]:
         training = fewest_for_training(shape, plan.gpu)
         inference = fewest_for_inference(shape, plan.gpu)
         name = short(shape.parameters).replace("G", "B")
-        yield f"{plan.gpu.name}s", (
-            f"that hold {name}: trained {_counts(training)} (sharded, batch 1); served {_counts(inference)}"
-        ), ""
+        yield (
+            f"{plan.gpu.name}s",
+            (
+                f"that hold {name}: trained {_counts(training)} (sharded, batch 1); served {_counts(inference)}"
+            ),
+            "",
+        )
 
 
 def _counts(found: dict[str, int | None]) -> str:
@@ -150,7 +157,9 @@ def _counts(found: dict[str, int | None]) -> str:
 def show_exact(counted: Sequence[dict[str, Any]]) -> None:
     """Print what fake steps counted beside what the formulas say, without overhead."""
     screen = console(results=True)
-    screen.print(Text("one step on fake tensors (bytes that live; no context, no allocator)", style="bold"))
+    screen.print(
+        Text("one step on fake tensors (bytes that live; no context, no allocator)", style="bold")
+    )
     screen.print(_grid(_exact_line(one) for one in counted))
 
 

@@ -73,7 +73,7 @@ class Measured:
     trainable: int = 0
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[misc]
     """Counts the bytes of all living storages by what they are."""
 
     def __init__(self) -> None:
@@ -85,9 +85,7 @@ class Ledger(TorchDispatchMode):
         self.phases: Counter[str] = Counter()
         self._seen: dict[int, list[Any]] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
@@ -129,7 +127,7 @@ class Ledger(TorchDispatchMode):
         self._look()
 
 
-class _Dequantized(torch.autograd.Function):
+class _Dequantized(torch.autograd.Function):  # type: ignore[misc]
     """`x @ W.T` with W unpacked for the product alone, forward and backward, as bitsandbytes does."""
 
     @staticmethod
@@ -138,11 +136,11 @@ class _Dequantized(torch.autograd.Function):
         return x @ torch.empty(shape, dtype=x.dtype, device=x.device).T
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return grad @ torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device), None, None
 
 
-class _Flash(torch.autograd.Function):
+class _Flash(torch.autograd.Function):  # type: ignore[misc]
     """Attention as a flash kernel does it: keeps q, k, v, the output and one float per head and token.
 
     The backward pass sums dq in float32 and, with fewer key/value heads than heads, makes dk and dv
@@ -157,7 +155,7 @@ class _Flash(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         q, k, v, _, _ = ctx.saved_tensors
         sums = torch.empty_like(q, dtype=torch.float32)
         every = [one.new_empty(*q.shape[:3], one.shape[-1]) for one in (k, v)]
@@ -166,7 +164,12 @@ class _Flash(torch.autograd.Function):
 
 
 def _flash(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *_: Any,
+    **__: Any,
 ) -> tuple[torch.Tensor, None]:
     return _Flash.apply(query, key, value), None
 
@@ -174,7 +177,7 @@ def _flash(
 AttentionInterface.register("counted_attention", _flash)
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(nn.Linear):  # type: ignore[misc]
     """A linear layer whose weight is bytes of nf4 with their constants, sized as bitsandbytes sizes them."""
 
     def __init__(self, like: nn.Linear, *, double: bool) -> None:
@@ -275,7 +278,7 @@ def _loss(model: Any, step: Step, ids: torch.Tensor) -> torch.Tensor:
     return -nn.functional.logsigmoid(chosen - rejected).mean()
 
 
-class _Optimizer(torch.optim.Optimizer):
+class _Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     """Stands for AdamW: makes the tensors that it makes (a fake tensor has no step count to read).
 
     torch's AdamW keeps two moments in the type of the weights and, on a GPU, takes the root of the
