@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (a case reads best on one line)
 """`align plan` against published sizes and measurements of memory, and what a plan costs.
 
     python benchmarks/plan.py [--no-exact]

@@ -6,7 +6,7 @@ from typing import Any
 
 from align.plan.memory import training_memory
 from align.plan.report import Plan
-from align.plan.stages import StagePlan
+from align.plan.setting import StagePlan
 from align.report.terminal import say
 
 COUNTED = ("sft", "reward", "dpo")

@@ -1,4 +1,4 @@
-"""Kinds of GPU that are known offline: memory, dense bfloat16 throughput and bandwidth, from their makers' data sheets."""
+"""Kinds of GPU known offline: memory, dense bfloat16 throughput and bandwidth, by their makers' data sheets."""
 
 from dataclasses import dataclass
 

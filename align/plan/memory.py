@@ -202,7 +202,7 @@ def loss_bytes(given: Training) -> float:
     if given.loss == "none":
         return 0.0
     if given.loss == "tiles":
-        tile = min(tokens, TILE_TOKENS) * 2 * min(shape.vocab, TILE_VOCABULARY)
+        tile = min(tokens, TILE_TOKENS) * 2 * TILE_VOCABULARY  # also for smaller vocabularies
         hidden = 6 * shape.hidden * tokens
         # The head's gradient is summed in float32, then cast; tied heads add it to the embedding's.
         own = (4 + BYTES.get(given.weights, 2)) * shape.embedding if full else 0

@@ -8,7 +8,7 @@ from align.config.sections import StageConfig
 from align.errors import Problem
 from align.plan.gpus import GPUS, Gpu
 from align.plan.memory import NF4, SLACK, Training, training_memory
-from align.plan.stages import StagePlan
+from align.plan.setting import StagePlan
 
 LORA_RATE = 5e-5
 """Learning rates above this are made for adapters; full fine-tuning diverges or forgets."""

@@ -1,4 +1,4 @@
-"""The plan of a recipe: all its stages, the totals, and the GPUs that the models need; as data for JSON and the view."""
+"""The plan of a recipe: its stages, the totals, and the GPUs that the models need; as data for JSON and view."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,8 +11,9 @@ from align.errors import Problem
 from align.plan.fleet import fewest_for_inference, fewest_for_training
 from align.plan.gpus import DEFAULT, Gpu, find_gpu
 from align.plan.pitfalls import pitfalls
+from align.plan.setting import Setting, StagePlan
 from align.plan.shapes import Shape
-from align.plan.stages import Setting, StagePlan, plan_stage
+from align.plan.stages import plan_stage
 
 
 @dataclass

@@ -10,7 +10,6 @@ from align.plan.gpus import Gpu
 from align.plan.memory import NF4, Training, saved
 from align.plan.shapes import Shape
 
-
 ATTENTION = 0.35
 """Share that flash attention reaches, forward and backward together."""
 
@@ -60,7 +59,9 @@ def training_seconds(given: Training, gpu: Gpu, *, length: int, passes: float = 
         rounds = ADAPTER_TRAFFIC if given.adapter else TRAFFIC
     traffic = rounds * saved(given) * shape.layers * (forwards + 1)
     per_token = (
-        products / gpu.products + attention / (ATTENTION * gpu.tflops * 1e12) + traffic / gpu.bandwidth
+        products / gpu.products
+        + attention / (ATTENTION * gpu.tflops * 1e12)
+        + traffic / gpu.bandwidth
     )
     fixed = 0.0
     if given.weights in NF4:

@@ -9,7 +9,7 @@ from rich.text import Text
 from align.plan.fleet import fewest_for_inference, fewest_for_training
 from align.plan.memory import GIB, Memory
 from align.plan.report import Plan
-from align.plan.stages import StagePlan
+from align.plan.setting import StagePlan
 from align.report.progress import short, size
 from align.report.terminal import console, sanitise
 
