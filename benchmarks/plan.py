@@ -313,6 +313,7 @@ def against_fake_steps() -> list[dict[str, Any]]:
                 lora={"r": rank, "target_modules": "all-linear"} if rank else None,
             )
         )  # fmt: skip
+        it = it.without_head() if loss == "reward" else it
         adapter = it.adapter(rank, "all-linear") if rank else 0
         given = Training(
             it, pair * length, weights=weights, adapter=adapter, optimizer="adamw_torch",

@@ -36,7 +36,7 @@ def plan_sampling(plan: StagePlan, config: Any, setting: Setting) -> Result:
     scorer = 0.0
     if config.scorer.reward_model:
         reward = origin_of(config.scorer.reward_model, setting)
-        scorer = weight_bytes(reward.shape or shape, reward.dtype)
+        scorer = weight_bytes((reward.shape or shape).without_head(), reward.dtype)
         plan.notes.append("the reward model scores after the draws of a part, beside the policy")
     generation = config.generation
     _draw(

@@ -37,14 +37,18 @@ def _memory(plan: StagePlan, config: Any, gpu: Gpu) -> Iterator[Problem]:
         f"needs {plan.memory.total / 2**30:.1f} GiB per GPU, and {gpu.name} has "
         f"{gpu.usable / 2**30:.1f} to give"
     )
-    yield Problem(message, plan.name, "; ".join(_ways_out(plan, config, gpu)))
+    ways = "; ".join(_ways_out(plan, config, gpu))
+    nothing = "no single GPU holds it in any of the ways here: take a smaller model"
+    yield Problem(message, plan.name, ways or nothing)
 
 
 def _ways_out(plan: StagePlan, config: Any, gpu: Gpu) -> Iterator[str]:
     """Settings that make the stage fit, tried one by one; then the GPUs that hold it as it is."""
     assert plan.memory is not None
     trainer = getattr(config, "trainer", None)
-    if plan.largest_micro_batch and trainer is not None:
+    if plan.memory.phase == "rollout":
+        yield "lower generation.generation_batch_size"
+    elif plan.largest_micro_batch and trainer is not None:
         yield f"trainer.per_device_train_batch_size: {plan.largest_micro_batch}"
     elif plan.largest_micro_batch:
         yield f"generation.generation_batch_size: {plan.largest_micro_batch}"
@@ -54,8 +58,6 @@ def _ways_out(plan: StagePlan, config: Any, gpu: Gpu) -> Iterator[str]:
     bigger = _smallest_gpus(plan.memory.total)
     if bigger:
         yield f"--gpu {' or '.join(bigger)}"
-    elif given is None:
-        yield "no single GPU holds it: take a smaller model"
 
 
 def _lighter(given: Training, rows: int, gpu: Gpu) -> Iterator[str]:

@@ -7,8 +7,8 @@ id is planned for without a network. A local folder's own config.json wins.
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +144,16 @@ class Shape:
             yield Linear("up_proj", hidden, shared)
             yield Linear("down_proj", shared, hidden)
 
-    @property
+    def without_head(self) -> "Shape":
+        """The shape of a reward model on it: the language head is left out."""
+        return replace(self, tied=True)
+
+    @cached_property
     def linear(self) -> int:
         """Parameters in linear layers of all blocks that PEFT and bitsandbytes reach."""
         return sum(one.size for one in self._all() if not one.fused)
 
-    @property
+    @cached_property
     def fused(self) -> int:
         """Parameters of experts and routers."""
         return sum(one.size for one in self._all() if one.fused)

@@ -215,6 +215,8 @@ def _step(plan: StagePlan, config: Any, setting: Setting, origin: Origin) -> Tra
     if plan.kind == "reward" and adapter:
         adapter += shape.hidden
     sides = 1 if plan.kind in ("sft", "ppo") else 2
+    if plan.kind == "reward":
+        shape = shape.without_head()
     kwargs = trainer.extra.get("gradient_checkpointing_kwargs")
     if kwargs:
         plan.notes.append("`extra.gradient_checkpointing_kwargs` is not in the estimate")

@@ -151,6 +151,8 @@ def test_the_formulas_count_what_the_trainers_make(weights, rank, checkpointing,
             lora={"r": rank, "target_modules": "all-linear"} if rank else None,
         )
     )
+    if loss == "reward":
+        shape = shape.without_head()
     adapter = shape.adapter(rank, "all-linear") if rank else 0
     given = Training(
         shape,

@@ -158,6 +158,18 @@ def test_ppo_by_its_episodes():
     assert policy_only.seconds < stage.seconds
 
 
+def test_a_rollout_that_does_not_fit_names_its_own_batch():
+    Path("ppo.yaml").write_text(PPO)
+    stage, problems = stage_of("ppo.yaml", "generation.generation_batch_size=1024")
+    assert stage.memory.phase == "rollout"
+    assert "generation_batch_size" in problems[0].hint
+
+
+def test_a_model_that_no_gpu_holds():
+    _, problems = stage_of("mine.yaml", "model.model_name_or_path=deepseek-v3")
+    assert "smaller model" in problems[0].hint
+
+
 def test_a_kind_without_a_planner_gets_a_line(monkeypatch):
     monkeypatch.delitem(stages.PLANNERS, "sft")
     stage, problems = stage_of("mine.yaml")
