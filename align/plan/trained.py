@@ -36,7 +36,7 @@ def plan_training(plan: StagePlan, config: Any, setting: Setting) -> Result:
         return Result(origin)
     plan.length = length_of(config.data, shape)
     given = _step(plan, config, setting, origin)
-    plan.training, plan.trainable = given, given.adapter or shape.parameters
+    plan.training, plan.trainable = given, given.adapter or given.shape.parameters
     _fill_memory(plan, config, setting, given)
     per_row = min(rows.tokens, plan.length) if rows.tokens is not None else float(plan.length)
     plan.tokens_are_bound = rows.tokens is None
@@ -124,7 +124,7 @@ def plan_ppo(plan: StagePlan, config: Any, setting: Setting) -> Result:
         given = replace(
             given, extra=policy * given.adapter_bytes if config.scorer.reward_model else 0
         )
-    plan.training, plan.trainable = given, given.adapter or shape.parameters
+    plan.training, plan.trainable = given, given.adapter or given.shape.parameters
     _fill_memory(plan, config, setting, given)
     live = generation.generation_batch_size
     draw = generation_memory(
