@@ -139,6 +139,7 @@ def build(words: Sequence[str]) -> typer.Typer:
     app.command("show", rich_help_panel="Recipes")(show)
     app.command("validate", rich_help_panel="Recipes")(validate)
     app.command("inspect", rich_help_panel="Recipes")(inspect_rows)
+    app.command("plan", rich_help_panel="Recipes")(plan)
     app.command("schema", rich_help_panel="Recipes")(schema)
     app.add_typer(_recipes(words[1:2], settings), name="recipes", rich_help_panel="Recipes")
     return app
@@ -441,6 +442,39 @@ def inspect_rows(
     from align.data.inspection import inspect_stage
 
     inspect_stage(config, rows=rows, as_json=as_json)
+
+
+def plan(
+    recipe: Recipe,
+    sets: Sets = None,
+    with_stages: With = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Kind of GPU, as in `4090`; H100 when unset.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of every stage.")] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Also run a step on fake tensors (imports torch).")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a recipe will need: memory, time, disk, downloads. No GPU, no weights."""
+    from align.plan.report import make_plan
+
+    made = make_plan(recipe, sets=sets or [], with_stages=with_stages or [], gpu=gpu, gpus=gpus)
+    counted: list[Any] = []
+    if exact:
+        _make_ready()
+        from align.plan.exact import count_exactly
+
+        counted = count_exactly(made, quiet=as_json)
+    if as_json:
+        print_json(made.as_json() | ({"exact": counted} if exact else {}))
+        return
+    from align.plan.view import show_exact, show_plan
+
+    show_plan(made)
+    if exact:
+        show_exact(counted)
 
 
 def schema(

@@ -43,7 +43,7 @@ def probe(folder: Path, *argv: str) -> tuple[str, int, list[str], bool]:
 HELP = [
     [],
     *([kind] for kind in STAGES),
-    *([name] for name in ("run", "status", "show", "validate", "inspect", "schema", "recipes")),
+    *([name] for name in ("run", "status", "show", "validate", "inspect", "plan", "schema", "recipes")),
     *(["recipes", name] for name in ("list", "show", "copy", "convert")),
 ]
 
@@ -72,6 +72,8 @@ LIGHT = [
     ["show", "--judges"],
     ["status", "tiny/pipeline"],
     ["run", "tiny/pipeline", "--dry-run"],
+    ["plan", "llama3-8b/pipeline"],
+    ["plan", "tiny/pipeline", "--gpu", "t4", "--json"],
     ["sft", "--options"],
     ["eval", "--options", "temp"],
     ["sft", "--recipe", "llama3-8b/sft", "--dry-run"],
@@ -116,7 +118,7 @@ def test_stage_modules_import_nothing_heavy(tmp_path):
     modules = [place.partition(":")[0] for place in STAGES.values()]
     code = f"""
 import importlib, json, sys
-for name in {modules!r} + ["align.pipeline", "align.runs", "align.launch", "align.status"]:
+for name in {modules!r} + ["align.pipeline", "align.runs", "align.launch", "align.status", "align.plan.report"]:
     importlib.import_module(name)
 print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
 """

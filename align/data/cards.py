@@ -50,6 +50,8 @@ class Card(Section):
     """Configuration of the Hub data set."""
     splits: dict[str, CardSplit | None] = Field(min_length=1)
     """Splits: the file of each, or nothing for a Hub data set."""
+    hub_rows: dict[str, int] = Field(default_factory=dict)
+    """Rows of the Hub data set's splits, where they are known."""
     format: Format = "auto"
     """Form of the rows of every split that does not name its own."""
     mapping: dict[str, str] | None = None
