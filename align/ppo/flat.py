@@ -119,11 +119,13 @@ AttentionMaskInterface.register(SEGMENTS, lambda *_, **__: None)
 def can_flatten(model: Any) -> bool:
     """Whether every layer is plain attention that transformers lets a function replace.
 
-    Layers with a recurrent state, attention sinks or capped scores are not: these models get padding.
+    Layers with a recurrent state, attention sinks, capped scores or chunks are not: these models get padding.
     """
     base = unwrapped(model)
     config = base.config.get_text_config()
     odd = getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss"
+    # A chunk (Llama 4) is told to a layer by its mask alone.
+    odd = odd or getattr(config, "attention_chunk_size", None)
     return bool(
         getattr(base, "_supports_attention_backend", False)
         and has_attention_caches(model)
