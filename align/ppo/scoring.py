@@ -13,7 +13,7 @@ from align.errors import fail
 from align.evaluation.judges import ask
 from align.generation.answers import Answer, Group, Prompt, RewardModel
 from align.ppo.experience import Episode
-from align.registry import resolve_reward
+from align.registry import REWARD_FUNCS, resolve_reward
 
 ALLOW_CODE = "ALIGN_ALLOW_CODE"
 """Set by `--allow-code`: a reward function may then come from a file. No recipe can set it."""
@@ -42,8 +42,9 @@ def _without_stop(episode: Episode) -> list[int]:
 
 def function_scorer(name: str, prompts: Sequence[Prompt]) -> Scorer:
     """Scores by a registered reward function or judge, or by `FILE.py:NAME` where `--allow-code` was given."""
-    function = _from_file(name) if ".py:" in name else resolve_reward(name)
-    if _is_judge(function):
+    from_file = ".py:" in name
+    function = _from_file(name) if from_file else resolve_reward(name)
+    if _is_judge(function) or not (from_file or name in REWARD_FUNCS):
 
         def by_judge(episodes: Sequence[Episode]) -> list[float]:
             found = []
@@ -90,9 +91,9 @@ def _call(
             where=f"{where}, {rows}",
             hint="the run goes on from its checkpoint with the same command once it is mended",
         )
-    if not isinstance(found, Sequence) and not hasattr(found, "tolist"):
+    scores = found.tolist() if hasattr(found, "tolist") else found
+    if not isinstance(scores, Sequence):  # an array without a dimension is a number
         fail(f"returned {type(found).__name__} instead of a list of numbers", where=where)
-    scores = found.tolist() if hasattr(found, "tolist") else list(found)
     if len(scores) != len(episodes):
         fail(
             f"returned {len(scores)} scores for {len(episodes)} completions",
