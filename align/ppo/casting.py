@@ -73,7 +73,9 @@ def _with_adapters(config: PPOConfig, policy: Any, tokenizer: PreTrainedTokenize
     roles.reward_apart = _share_reward(config, roles, tokenizer)
     shared = roles.shares_reward
     if config.value_model == "adapter":
-        like = policy.peft_config["reward"] if shared else lora_config(config.lora)
+        # Trained token rows are the policy's alone: they are for writing and reading its own turns.
+        plain = config.lora.model_copy(update={"trainable_token_indices": None})
+        like = policy.peft_config["reward"] if shared else lora_config(plain)
         assert isinstance(like, LoraConfig)
         roles.add_adapter("value", deepcopy(like), trained=True)
     return roles

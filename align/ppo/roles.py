@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, TaskType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -144,7 +144,8 @@ class Roles(nn.Module):  # type: ignore[misc]
         before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in self._layers]
         try:
             for layer in self._layers:
-                layer._disable_adapters = adapter is None
+                # Trained token rows fail where the active adapter has none.
+                layer._disable_adapters = adapter is None or adapter not in _adapters_of(layer)
                 if adapter is not None:
                     layer._active_adapter = [adapter]
             yield self.policy
@@ -223,7 +224,12 @@ class Roles(nn.Module):  # type: ignore[misc]
         weights while it lasts.
         """
         kept: list[tuple[Any, Tensor]] = []
-        layers = [layer for layer in self._layers if isinstance(layer, LoraLayer)]
+        layers = [
+            layer
+            for layer in self._layers
+            if isinstance(layer, LoraLayer) and POLICY in _adapters_of(layer)
+        ]
+        before = [layer._disable_adapters for layer in layers]
         try:
             for layer in layers:
                 base = layer.get_base_layer()
@@ -236,8 +242,8 @@ class Roles(nn.Module):  # type: ignore[misc]
         finally:
             for base, weight in kept:
                 base.weight.data = weight
-            for layer in layers:
-                layer._disable_adapters = False
+            for layer, disabled in zip(layers, before, strict=True):
+                layer._disable_adapters = disabled
 
     def can_merge(self) -> bool:
         """Whether `merged` gives the policy's own numbers: plain LoRA on float32 weights."""
@@ -254,6 +260,13 @@ class Roles(nn.Module):  # type: ignore[misc]
                 for layer in layers
             )
         )
+
+
+def _adapters_of(layer: Any) -> set[str]:
+    """The adapters that a layer has weights of."""
+    wrapper = isinstance(layer, AuxiliaryTrainingWrapper)
+    found: set[str] = layer._adapters if wrapper else layer._get_available_adapters()
+    return found
 
 
 def silence_dropout(model: nn.Module) -> None:
@@ -283,10 +296,29 @@ def add_reward_adapter(roles: Roles, folder: Path) -> str | None:
     fields = {key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}
     fields |= {"task_type": TaskType.CAUSAL_LM, "modules_to_save": None, "inference_mode": False}
     roles.add_adapter("reward", LoraConfig(**fields), trained=False)
-    result = set_peft_model_state_dict(roles.policy, body, adapter_name="reward")
-    own = [name for name, _ in roles.policy.named_parameters() if ".reward." in name]
-    if result.unexpected_keys or len(own) != len(body):
+    if not _fill(roles.policy, body):
         roles.policy.delete_adapter("reward")
         return "its weights do not fit the language model's modules"
     roles.reward_head = head.reshape(-1).to(roles.device)
     return None
+
+
+def _fill(policy: nn.Module, body: dict[str, Tensor]) -> bool:
+    """Copy saved weights into the adapter `reward`; False, and nothing copied, where they do not fit.
+
+    PEFT's own loading looks for trained token rows in every adapter of a model that has some.
+    """
+    own = {
+        name.replace(".reward.", "."): weight
+        for name, weight in policy.named_parameters()
+        if ".reward." in name
+    }
+    # A magnitude (DoRA) is saved without its last name.
+    found = {name if name in own else f"{name}.weight": weight for name, weight in body.items()}
+    shapes = [{name: weight.shape for name, weight in one.items()} for one in (own, found)]
+    if shapes[0] != shapes[1]:
+        return False
+    with torch.no_grad():
+        for name, weight in found.items():
+            own[name].copy_(weight)
+    return True
