@@ -190,7 +190,9 @@ class Collector:
             self.forward.settle(self.roles.policy, episodes[:2])
         if self.config.reward_normalization == "first":
             self.reward_mean = float(scores.mean())
-            self.reward_deviation = max(float(scores.std()), 1e-6)
+            deviation = float(scores.std())
+            # Equal scores (a rare reward that nobody earned yet), or a single one, have no scale.
+            self.reward_deviation = deviation if deviation > 1e-6 else 1.0
         if self.config.value_init == "reward":
             self.roles.start_value_from_reward(self.reward_mean, self.reward_deviation)
         self.settled = True
