@@ -176,19 +176,25 @@ class Roles(nn.Module):  # type: ignore[misc]
         assert self.reward_head is not None
         return (hidden.to(self.reward_head.dtype) @ self.reward_head).float()
 
-    def start_value_from_reward(self, mean: float, deviation: float) -> None:
-        """Let the value begin as the (normalized) reward model: its head, and its adapter if both have one."""
+    def start_value_from_reward(
+        self, mean: float, deviation: float, weight: float = 1.0
+    ) -> None:
+        """Let the value begin as the (normalized) reward model: its head, and its adapter if both have one.
+
+        Args:
+            mean, deviation: of the scores, which are the rewards times `weight`.
+        """
         if self.reward_head is None:
             return
         with torch.no_grad():
-            self.value_head.weight.copy_(self.reward_head.float()[None] / deviation)
+            self.value_head.weight.copy_(self.reward_head.float()[None] * weight / deviation)
             self.value_head.bias.fill_(-mean / deviation)
         if "value" in self.adapters:
             weights = dict(self.policy.named_parameters())
             with torch.no_grad():
-                for name, weight in weights.items():
+                for name, own in weights.items():
                     if ".reward." in name:
-                        weights[name.replace(".reward.", ".value.")].copy_(weight)
+                        weights[name.replace(".reward.", ".value.")].copy_(own)
 
     def trained_state(self) -> dict[str, Tensor]:
         """Every trained weight by name."""

@@ -194,7 +194,9 @@ class Collector:
             # Equal scores (a rare reward that nobody earned yet), or a single one, have no scale.
             self.reward_deviation = deviation if deviation > 1e-6 else 1.0
         if self.config.value_init == "reward":
-            self.roles.start_value_from_reward(self.reward_mean, self.reward_deviation)
+            self.roles.start_value_from_reward(
+                self.reward_mean, self.reward_deviation, self.config.scorer.reward_model_weight
+            )
         self.settled = True
 
     def _scores(self, episodes: list[Episode], mine: list[list[int]]) -> list[float]:
