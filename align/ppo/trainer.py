@@ -306,9 +306,11 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
                 with roles.playing("policy") as model:
                     with self.compute_loss_context_manager():
                         logprobs, _, states = forward.completions(model, flat)
-                        loss = logprobs.sum() * 0.0
+                        loss = torch.zeros((), device=roles.device)
                         if moves:
                             loss = loss + self._policy_part(logprobs, of, tokens)
+                        else:  # not even by the value's gradient, nor by Adam's momentum
+                            states = states.detach()
                         if roles.value_on_policy:
                             value = self._value_part(roles.values(states), of, tokens)
                             loss = loss + self.config.vf_coef * value
