@@ -380,7 +380,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
 
     def _check_ratio(self, sums: dict[str, float]) -> None:
         gap = max(1 - sums["ratio_low"], sums["ratio_high"] - 1)
-        if gap > self._allowed() and not self.config.critic_warmup_steps:
+        if gap > self._allowed():
             fail(
                 f"the first update of a rollout sees ratios up to {gap:.3g} away from 1, so its gradient is not the "
                 "policy's",
