@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from align.durable import write_text
 from align.environment import world_size
 from align.errors import fail
 from align.generation.answers import Prompt
@@ -252,18 +253,24 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         if e is None or not self.folder.is_main or e.number % self.config.sample_rollouts:
             return
         kl = ((e.logprobs - e.reference) * e.mask).sum(1)
-        with (self.folder.path / "samples.jsonl").open("a", encoding="utf-8") as handle:
-            for place, episode in enumerate(e.episodes[:SAMPLES]):
-                row = {
-                    "rollout": e.number,
-                    "prompt": self.prompts[episode.prompt].row["prompt"],
-                    "completion": episode.text,
-                    "score": float(e.scores[place]),
-                    "reward": float(e.rewards[place]),
-                    "kl": float(kl[place]),
-                    "ended": episode.ended,
-                }
-                handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows = [
+            {
+                "rollout": e.number,
+                "prompt": self.prompts[episode.prompt].row["prompt"],
+                "completion": episode.text,
+                "score": float(e.scores[place]),
+                "reward": float(e.rewards[place]),
+                "kl": float(kl[place]),
+                "ended": episode.ended,
+            }
+            for place, episode in enumerate(e.episodes[:SAMPLES])
+        ]
+        file = self.folder.path / "samples.jsonl"
+        kept = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        # A run that goes on from a checkpoint draws some rollouts a second time.
+        kept = [line for line in kept if json.loads(line)["rollout"] < e.number]
+        lines = [*kept, *(json.dumps(row, ensure_ascii=False) for row in rows)]
+        write_text(file, "".join(f"{line}\n" for line in lines), flush=False)
 
     # learning
 
