@@ -20,12 +20,23 @@ from align.models.identity import Artifact
 from align.models.loading import load_arguments
 from align.stages.dpo import DPOConfig
 from align.stages.evaluate import EvalConfig
+from align.stages.ppo import PPOConfig
 from align.stages.reward import RewardConfig
 from align.stages.sample import SampleConfig
 from align.stages.sft import SFTConfig
-from align.training.arguments import dpo_arguments, reward_arguments, sft_arguments
+from align.training.arguments import (
+    dpo_arguments,
+    ppo_arguments,
+    reward_arguments,
+    sft_arguments,
+)
 
-TRAINING = {SFTConfig: sft_arguments, RewardConfig: reward_arguments, DPOConfig: dpo_arguments}
+TRAINING = {
+    SFTConfig: sft_arguments,
+    RewardConfig: reward_arguments,
+    DPOConfig: dpo_arguments,
+    PPOConfig: ppo_arguments,
+}
 
 FLIPS: dict[str, Any] = {
     "model.model_revision": "v2",
@@ -140,6 +151,7 @@ CASES = [
     for kind in TRAINING
     for field in leaf_fields(kind)
     if field.name not in SEEN_ELSEWHERE and not field.name.startswith("data.")
+    if kind is not PPOConfig or field.name.split(".")[0] in ("model", "lora", "trainer")
 ] + [(SFTConfig, "data.packing")]
 
 
@@ -151,6 +163,8 @@ def test_flipping_a_key_changes_what_the_libraries_get(kind, key, tmp_path):
         "model": {"model_name_or_path": "org/model"},
         "data": {"dataset_name": "org/rows"},
     }
+    if kind is PPOConfig:
+        base["scorer"] = {"reward_funcs": {"number": 1.0}}
     base = merged(base, NEEDS.get(key, {}))
     before = resolved(kind.model_validate(base), tmp_path)
     after = resolved(kind.model_validate(merged(base, nested(key, FLIPS[key]))), tmp_path)
@@ -235,6 +249,118 @@ def test_every_data_key_is_flipped():
     # Processes change the speed of rendering only: tests/data sees that the rows are the same.
     known = set(DataSection.model_fields) | {"assistant_only_loss"}
     assert known - flipped == {"dataset_num_proc"}
+
+
+# --- PPO: what a run of two rollouts shows ---------------------------------------------------
+
+PPO_FLIPS: dict[str, Any] = {
+    "total_episodes": 8,
+    "num_ppo_epochs": 2,
+    "num_mini_batches": 1,
+    "kl_coef": 1.0,
+    "kl_estimator": "k3",
+    "kl_target": 1e-6,
+    "kl_horizon": 100,
+    "gamma": 0.5,
+    "lam": 0.5,
+    "lam_value": 0.5,
+    "lam_length_alpha": 0.5,
+    "cliprange": 1e-4,
+    "cliprange_high": 1e-4,
+    "dual_clip": 1.0001,
+    "cliprange_value": 1e-4,
+    "vf_coef": 5.0,
+    "value_model": "policy",
+    "value_learning_rate": 1e-4,
+    "critic_warmup_steps": 1,
+    "target_kl": 1e-12,
+    "whiten_advantages": False,
+    "whiten_rewards": True,
+    "reward_normalization": "none",
+    "reward_clip": 0.1,
+    "missing_eos_penalty": 0.0,
+    "missing_eos_score": -1.0,
+    "sample_rollouts": 2,
+    "generation.max_new_tokens": 4,
+    "generation.num_generations": 2,
+    "generation.temperature": 0.5,
+    "generation.fold_adapter": False,
+    "scorer.reward_funcs": {"test_letters": 2.0},
+}
+PPO_NEEDS = {
+    "kl_horizon": {"kl_target": 1e-6},
+    "vf_coef": {"value_model": "policy"},
+}
+PPO_ELSEWHERE = {
+    "value_init": "tests/ppo/test_roles.py",
+    "merge_adapter": "tests/stages/test_ppo.py",
+    "scorer.reward_model": "tests/stages/test_ppo.py",
+    "scorer.reward_model_weight": "tests/stages/test_ppo.py",
+    "scorer.share_base": "tests/ppo/test_roles.py",
+    "scorer.score_batch_size": "tests/stages/test_ppo.py",  # the scores do not change
+    "generation.generation_batch_size": "tests/ppo/test_rollout.py",  # nor do the draws
+    "generation.top_p": "tests/stages/test_ppo.py",  # refused
+    "generation.top_k": "tests/stages/test_ppo.py",  # refused
+    "alarms.patience": "tests/ppo/test_alarms.py",
+    "alarms.length_growth": "tests/ppo/test_alarms.py",
+    "alarms.kl_per_token": "tests/ppo/test_alarms.py",
+    "alarms.eos_drop": "tests/ppo/test_alarms.py",
+    "alarms.saturated_share": "tests/ppo/test_alarms.py",
+    "alarms.unique_share": "tests/ppo/test_alarms.py",
+    "alarms.critic_grace": "tests/ppo/test_alarms.py",
+    "alarms.stop_on": "tests/ppo/test_trainer.py",
+}
+
+
+def test_every_key_of_ppo_is_flipped():
+    shared = {"output_dir", "stage", "launch", "model", "lora", "trainer", "data"}
+    own = {f.name for f in leaf_fields(PPOConfig) if f.name.split(".")[0] not in shared}
+    assert own == PPO_FLIPS.keys() | PPO_ELSEWHERE.keys()
+    for file in set(PPO_ELSEWHERE.values()):
+        assert (Path(__file__).parent.parent / file).is_file()
+
+
+@pytest.fixture(scope="module")
+def ppo_run(llama, tmp_path_factory):
+    """What a run of two rollouts drew, logged, learned and wrote; the same settings run once."""
+    from align.ppo.roles import Roles
+    from ppo_runs import ppo_config, trained, weights
+
+    known: dict[str, Any] = {}
+
+    def ppo_run(**more: Any) -> Any:
+        name = json.dumps(more, sort_keys=True)
+        if name not in known:
+            folder = tmp_path_factory.mktemp("ppo")
+            folded, fold = [], Roles.merged
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Roles, "merged", lambda roles: folded.append(1) or fold(roles))
+                trainer = trained(ppo_config(llama, folder, **more))
+            history = [
+                {key: value for key, value in one.items() if not key.endswith("seconds")}
+                for one in trainer.history
+            ]
+            learned = {key: value.tolist() for key, value in weights(trainer).items()}
+            samples = (trainer.folder.path / "samples.jsonl").read_text()
+            known[name] = json.dumps([history, learned, samples, trainer.kl_coef, len(folded)])
+        return known[name]
+
+    return ppo_run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", PPO_FLIPS)
+def test_flipping_a_key_of_ppo_changes_its_run(ppo_run, key):
+    needed = PPO_NEEDS.get(key, {})
+    before = ppo_run(**needed)
+    assert before != ppo_run(**merged(needed, nested(key, PPO_FLIPS[key])))
+
+
+@pytest.mark.slow
+def test_ppo_runs_of_equal_settings_are_equal(ppo_run):
+    """So that a difference above is the key's."""
+    again = {"kl_coef": 0.05}  # the default
+    assert ppo_run() == ppo_run(**again)
 
 
 # --- sampling and evaluation: which keys does a run read? -----------------------------------

@@ -10,6 +10,11 @@ import pytest
 
 CHECKOUT = Path(__file__).parent.parent
 
+REWARD = """
+def letters(prompts, completions, **columns):
+    return [sum(letter in "aeiou" for letter in text) / 12 for text in completions]
+"""
+
 
 def recipe(folder: Path, llama: Path, stage: str, batch: int) -> Path:
     if stage == "sft":
@@ -22,6 +27,8 @@ def recipe(folder: Path, llama: Path, stage: str, batch: int) -> Path:
             }
             for n in range(2, 18)
         ]
+    elif stage == "ppo":
+        rows = [{"prompt": f"Name number {n}" + "!" * (n % 3)} for n in range(2, 18)]
     else:
         rows = [
             {
@@ -48,6 +55,16 @@ def recipe(folder: Path, llama: Path, stage: str, batch: int) -> Path:
             "logging_steps": 1,
         },
     }
+    if stage == "ppo":
+        reward = folder / "reward.py"
+        reward.write_text(REWARD)
+        config |= {
+            "scorer": {"reward_funcs": {f"{reward}:letters": 1.0}},
+            "generation": {"max_new_tokens": 12, "num_generations": 2},
+            "num_mini_batches": 2,
+            "num_ppo_epochs": 2,
+        }
+        config["trainer"] |= {"learning_rate": 1e-3, "gradient_accumulation_steps": 2}
     path = folder / f"recipe-{batch}.yaml"
     path.write_text(json.dumps(config))
     return path
@@ -105,6 +122,32 @@ def test_two_processes_give_the_losses_of_one(llama, tmp_path, stage, how):
     assert len(expected) == 4
     assert found == pytest.approx(expected, abs=1e-5)
     assert expected[0] != pytest.approx(expected[-1], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_rollouts_and_updates_of_one(llama, tmp_path):
+    """PPO: drawn, scored and learned from in two shares, with one advantage mean and one clip."""
+    allowed = {"ALIGN_ALLOW_CODE": "1"}
+    one = recipe(tmp_path, llama, "ppo", batch=4)
+    two = recipe(tmp_path, llama, "ppo", batch=2)
+    command = [sys.executable, "cli.py", "ppo", "--recipe"]
+    alone = start([*command, str(one)], **allowed)
+    assert alone.returncode == 0, alone.stderr
+    both = start([*command, str(two), "--num-processes", "2"], **allowed)
+    assert both.returncode == 0, both.stderr
+    found = []
+    for batch in (4, 2):
+        path = tmp_path / f"out-{batch}" / "metrics.jsonl"
+        found.append([json.loads(line) for line in path.read_text().splitlines()])
+    steps = [[line for line in lines if "loss" in line and "step" in line] for lines in found]
+    assert len(steps[0]) == 4
+    assert steps[0][0]["objective/scores"] > 0
+    for key in ("loss", "loss/policy_avg", "loss/value_avg", "grad_norm/policy", "val/ratio_max"):
+        values = [[line[key] for line in lines] for lines in steps]
+        assert values[1] == pytest.approx(values[0], abs=1e-5), key
+    samples = [(tmp_path / f"out-{batch}" / "samples.jsonl").read_text() for batch in (4, 2)]
+    drawn = [[json.loads(line)["completion"] for line in one.splitlines()] for one in samples]
+    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.slow
