@@ -24,7 +24,13 @@ def letters(completions: list[str], **_: Any) -> list[float]:
     return [text.count(LETTER) / max(1, len(text)) for text in completions]
 
 
+def codes(completions: list[str], **_: Any) -> list[float]:
+    """A number that hardly two texts share."""
+    return [sum(map(ord, text)) % 97 / 97 for text in completions]
+
+
 REWARD_FUNCS.setdefault("test_letters", letters)
+REWARD_FUNCS.setdefault("test_codes", codes)
 
 
 def merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +61,7 @@ def ppo_config(llama: Path, folder: Path, **more: Any) -> PPOConfig:
         "lora": {"lora_r": 4, "lora_alpha": 8},
         "data": {"dataset_name": str(data) if data.is_file() else write_prompts(folder)},
         "generation": {"max_new_tokens": 8},
-        "scorer": {"reward_funcs": {"test_letters": 1.0}},
+        "scorer": {"reward_funcs": {"test_codes": 1.0}},
         "trainer": {
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2,

@@ -285,11 +285,12 @@ PPO_FLIPS: dict[str, Any] = {
     "generation.num_generations": 2,
     "generation.temperature": 0.5,
     "generation.fold_adapter": False,
-    "scorer.reward_funcs": {"test_letters": 2.0},
+    "scorer.reward_funcs": {"test_codes": 2.0},
 }
 PPO_NEEDS = {
     "kl_horizon": {"kl_target": 1e-6},
     "vf_coef": {"value_model": "policy"},
+    "target_kl": {"num_ppo_epochs": 2},  # the first update has ratio 1, the second sees what it did
 }
 PPO_ELSEWHERE = {
     "value_init": "tests/ppo/test_roles.py",
@@ -323,8 +324,9 @@ def test_every_key_of_ppo_is_flipped():
 @pytest.fixture(scope="module")
 def ppo_run(llama, tmp_path_factory):
     """What a run of two rollouts drew, logged, learned and wrote; the same settings run once."""
-    from align.ppo.roles import Roles
     from ppo_runs import ppo_config, trained, weights
+
+    from align.ppo.roles import Roles
 
     known: dict[str, Any] = {}
 

@@ -176,9 +176,7 @@ class Roles(nn.Module):  # type: ignore[misc]
         assert self.reward_head is not None
         return (hidden.to(self.reward_head.dtype) @ self.reward_head).float()
 
-    def start_value_from_reward(
-        self, mean: float, deviation: float, weight: float = 1.0
-    ) -> None:
+    def start_value_from_reward(self, mean: float, deviation: float, weight: float = 1.0) -> None:
         """Let the value begin as the (normalized) reward model: its head, and its adapter if both have one.
 
         Args:

@@ -115,9 +115,7 @@ def test_an_adapter_on_the_head_is_part_of_the_log_probabilities():
     forward, _ = settled(model)
     completions(forward, model)[0].sum().backward()
     gradients = [
-        parameter.grad
-        for name, parameter in model.named_parameters()
-        if "lm_head.lora_B" in name
+        parameter.grad for name, parameter in model.named_parameters() if "lm_head.lora_B" in name
     ]
     assert gradients[0] is not None
     assert gradients[0].abs().max() > 0

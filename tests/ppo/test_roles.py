@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from ppo_runs import merged, ppo_config
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -21,18 +22,18 @@ from align.ppo.experience import Episode
 from align.ppo.forward import Forward
 from align.ppo.roles import Roles
 from align.stages.ppo import PPOConfig
-from ppo_runs import merged, ppo_config
 
 PROMPTS = [[0, 40, 50, 60], [0, 70, 80, 90, 100, 110]]
 COMPLETIONS = [[120, 130, 4], [140, 4]]
 SEQUENCES = [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
 EPISODES = [
-    Episode(n, p, c, True, "")
-    for n, (p, c) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True))
+    Episode(n, p, c, True, "") for n, (p, c) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True))
 ]
 
 
-def shake(model, *, seed: int, names=("lora_B", "magnitude", "trainable_tokens", "modules_to_save")):
+def shake(
+    model, *, seed: int, names=("lora_B", "magnitude", "trainable_tokens", "modules_to_save")
+):
     """Move an adapter away from its start."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -158,7 +159,9 @@ def test_what_is_trained(cast, reward_adapter):
     assert policy | value == {id(p) for p in roles.parameters() if p.requires_grad}
     names = {n for n, p in roles.named_parameters() if id(p) in policy}
     assert all(".default." in name for name in names)
-    assert roles.trained_state().keys() == {n for n, p in roles.named_parameters() if p.requires_grad}
+    assert roles.trained_state().keys() == {
+        n for n, p in roles.named_parameters() if p.requires_grad
+    }
 
 
 def test_a_checkpoint_of_other_weights_is_refused(cast):
@@ -248,7 +251,9 @@ def test_a_reward_adapter_on_the_shared_base_gives_its_own_rewards(
     assert make_scorer(config, roles, [], tokenizer) is None
 
 
-def test_the_reward_adapter_fits_beside_a_continued_one(cast, reward_adapter, sft_adapter, tokenizer):
+def test_the_reward_adapter_fits_beside_a_continued_one(
+    cast, reward_adapter, sft_adapter, tokenizer
+):
     folder = reward_adapter()
     tokens = sft_adapter(trainable_token_indices=[4, 40, 120])
     model = {"adapter_name_or_path": str(tokens), "adapter_mode": "continue"}
@@ -336,14 +341,16 @@ def test_a_reward_adapter_that_trains_more_keeps_weights_of_its_own(
     assert "more than low-rank" in apart(cast, saved)[1].reward_apart
 
 
-def test_a_reward_adapter_with_a_strange_weight_leaves_nothing_behind(cast, reward_adapter, tmp_path):
+def test_a_reward_adapter_with_a_strange_weight_leaves_nothing_behind(
+    cast, reward_adapter, tmp_path
+):
     folder = edited(reward_adapter(), tmp_path)
     file = folder / "adapter_model.safetensors"
     state = load_file(file)
     name = next(name for name in state if "layers.1" in name and "lora_A" in name)
     state[name.replace("layers.1", "layers.7")] = state.pop(name)
     save_file(state, file)
-    config, roles = apart(cast, folder)
+    _, roles = apart(cast, folder)
     assert "do not fit" in roles.reward_apart
     assert roles.adapters == {"default", "value"}
     assert not any(".reward." in name for name, _ in roles.named_parameters())
@@ -409,7 +416,7 @@ def test_prompts_beyond_the_context_are_refused_with_their_row(llama):
     policy = load_policy(section_of(llama))
     short = Prompt(0, [1] * 500, {"prompt": "x"})
     check_room(policy, [short], 12)
-    with pytest.raises(AlignError, match="1 of 2 prompts.*context of 512") as error:
+    with pytest.raises(AlignError, match=r"1 of 2 prompts.*context of 512") as error:
         check_room(policy, [short, Prompt(6, [1] * 505, {"prompt": "x"})], 12)
     assert "row 7" in str(error.value)
     assert "500" in str(error.value)

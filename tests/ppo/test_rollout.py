@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ppo_runs import ppo_config
 from torch.testing import assert_close
 
 from align.errors import AlignError
@@ -15,7 +16,6 @@ from align.models.tokenizer import load_tokenizer
 from align.ppo.casting import cast_roles
 from align.ppo.experience import Episode, Experience, load_experience, rows_of
 from align.ppo.rollout import Collector, prompt_places, summary, update_plan
-from ppo_runs import ppo_config
 
 T = torch.tensor
 
@@ -294,7 +294,10 @@ def drawn(llama, tmp_path):
         prompts = load_prompts(config.data, tokenizer)
         torch.manual_seed(0)
         roles = cast_roles(config, tokenizer, prompts)
-        scorer = (lambda found: [float(len(e.text)) for e in found])
+
+        def scorer(found):
+            return [float(len(e.text)) for e in found]
+
         made = Collector(config, roles, tokenizer, prompts, scorer, rank=0)
         return made, made.collect(number, episodes, 0.1)
 
@@ -329,7 +332,9 @@ def test_a_rollout_can_be_drawn_again_and_every_rollout_is_another(drawn):
     _, (again, _) = drawn(0, generation={"generation_batch_size": 3})
     _, (next_one, _) = drawn(1)
     assert [e.completion_ids for e in first.episodes] == [e.completion_ids for e in again.episodes]
-    assert [e.completion_ids for e in first.episodes] != [e.completion_ids for e in next_one.episodes]
+    assert [e.completion_ids for e in first.episodes] != [
+        e.completion_ids for e in next_one.episodes
+    ]
     _, (other, _) = drawn(0, trainer={"seed": 7})
     assert [e.completion_ids for e in first.episodes] != [e.completion_ids for e in other.episodes]
 

@@ -5,13 +5,12 @@ import shutil
 
 import pytest
 import torch
+from ppo_runs import figures, lines, make_trainer, merged, ppo_config, same, trained, weights
 from torch.testing import assert_close
 
 from align.errors import AlignError
 from align.ppo.trainer import total_steps
 from align.training.fitting import fit
-from ppo_runs import figures, lines, make_trainer, merged, ppo_config, same, trained, weights
-
 
 slow = pytest.mark.slow
 
@@ -96,9 +95,7 @@ def test_gradient_checkpointing_changes_no_weight_much(config):
 @pytest.mark.parametrize("value_model", ["adapter", "policy"])
 def test_no_learning_rate_no_change(config, value_model):
     trainer = make_trainer(
-        config(
-            value_model=value_model, trainer={"learning_rate": 1e-30}, value_learning_rate=1e-30
-        )
+        config(value_model=value_model, trainer={"learning_rate": 1e-30}, value_learning_rate=1e-30)
     )
     before = weights(trainer)
     fit(trainer, trainer.folder)
@@ -160,7 +157,7 @@ def test_target_kl_leaves_the_policy_alone_for_the_rest_of_a_rollout(config, val
 
     trainer.training_step = watched
     fit(trainer, trainer.folder)
-    at = {number: state for number, state in seen}
+    at = dict(seen)
     at[8] = weights(trainer)
 
     def moved(first, second, part):
@@ -207,6 +204,7 @@ def test_the_share_of_a_letter_rises_to_its_optimum(config, value_model):
     trainer = trained(
         config(
             value_model=value_model,
+            scorer={"reward_funcs": {"test_codes": 0.0, "test_letters": 1.0}},
             kl_coef=0.0,
             missing_eos_penalty=None,
             generation={"max_new_tokens": 8},
@@ -302,7 +300,9 @@ def test_a_policy_that_never_ends_its_turn_is_reported(config):
 
 def test_steps_follow_from_episodes_passes_or_steps(config):
     base = {"trainer": {"max_steps": -1}}
-    assert total_steps(config(**base), 8) == 2  # one pass of 8 prompts is one rollout of two updates
+    assert (
+        total_steps(config(**base), 8) == 2
+    )  # one pass of 8 prompts is one rollout of two updates
     assert total_steps(config(**base), 9) == 4
     assert total_steps(config(**base, generation={"num_generations": 4}), 8) == 8
     assert total_steps(config(**base, num_ppo_epochs=3), 8) == 6

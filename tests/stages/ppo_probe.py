@@ -17,12 +17,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-import ppo_runs
-from align.generation import slots
-from align.ppo import rollout
-from align.ppo.trainer import PPOTrainer
-from align.runs import run_stage
-from align.training import callbacks
+import ppo_runs  # noqa: E402
+
+from align.generation import slots  # noqa: E402
+from align.ppo import rollout  # noqa: E402
+from align.ppo.trainer import PPOTrainer  # noqa: E402
+from align.runs import run_stage  # noqa: E402
+from align.training import callbacks  # noqa: E402
 
 CONFIG: dict[str, Any] = {
     "num_ppo_epochs": 2,

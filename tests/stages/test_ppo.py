@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from ppo_runs import artifact_weights, figures, lines, ppo_config
 from torch.testing import assert_close
 
+from align.config.load import load_stage
 from align.config.sections import ModelSection
 from align.errors import AlignError
 from align.generation.scoring import token_logprobs
@@ -18,7 +21,6 @@ from align.runs import run_stage
 from align.stages.ppo import PPOConfig
 from align.stages.reward import RewardConfig
 from align.stages.sft import SFTConfig
-from ppo_runs import artifact_weights, figures, lines, ppo_config
 
 PROMPTS, COMPLETIONS = [[0, 2, 40, 50], [0, 60]], [[70, 80, 4], [90, 100, 110]]
 
@@ -171,23 +173,23 @@ def test_reward_models_and_functions_are_added_up(llama, tmp_path, ran, reward_m
         return [row["score"] for row in lines(artifact.parent, "samples.jsonl")]
 
     model = scores("model", {"reward_model": str(reward_model)})
-    letters = scores("letters", {"reward_funcs": {"test_letters": 1.0}})
+    codes = scores("codes", {"reward_funcs": {"test_codes": 1.0}})
     both = scores(
         "both",
         {
             "reward_model": str(reward_model),
             "reward_model_weight": 2.0,
-            "reward_funcs": {"test_letters": -3.0},
+            "reward_funcs": {"test_codes": -3.0},
         },
     )
-    wanted = [2 * one - 3 * other for one, other in zip(model, letters, strict=True)]
+    wanted = [2 * one - 3 * other for one, other in zip(model, codes, strict=True)]
     assert both == pytest.approx(wanted, abs=1e-4)
 
 
 def test_a_reward_function_that_fails_leaves_a_run_that_goes_on(llama, tmp_path, monkeypatch):
     from align.registry import REWARD_FUNCS
 
-    honest, calls = REWARD_FUNCS["test_letters"], []
+    honest, calls = REWARD_FUNCS["test_codes"], []
 
     def failing(completions, **columns):
         calls.append(len(completions))
@@ -196,7 +198,7 @@ def test_a_reward_function_that_fails_leaves_a_run_that_goes_on(llama, tmp_path,
         return honest(completions=completions, **columns)
 
     config = ppo_config(llama, tmp_path, trainer={"save_steps": 1})
-    monkeypatch.setitem(REWARD_FUNCS, "test_letters", failing)
+    monkeypatch.setitem(REWARD_FUNCS, "test_codes", failing)
     with pytest.raises(AlignError, match="raised OSError: no connection"):
         run_stage(config, quiet=True)
     done = run_stage(config, quiet=True)
@@ -223,9 +225,7 @@ def test_prompts_beyond_the_context_are_refused_before_anything_is_drawn(llama, 
         ("scorer.reward_funcs={containz: 1.0}", "did you mean `contains`"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_with_the_recipe(
-    llama, tmp_path, setting, message
-):
+def test_settings_that_make_no_sense_are_refused_with_the_recipe(llama, tmp_path, setting, message):
     config = ppo_config(llama, tmp_path, scorer={"reward_funcs": {}})
     recipe = config.model_dump(mode="json", exclude_unset=True)
     recipe["scorer"] = {"reward_funcs": {"contains": 1.0}}
