@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(crash(error))
     finally:
         gc.enable()
+        if argv is None:  # the process ends: Python's last collection would visit every object
+            gc.freeze()
 
 
 def _make_ready() -> None:

@@ -7,8 +7,8 @@ holds them in `align/_shipped/`.
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from align.config.suggest import nearest
 from align.errors import AlignError, Problem, fail
@@ -69,8 +69,7 @@ def display(path: Path) -> str:
     return str(path)
 
 
-@dataclass(frozen=True)
-class ShippedRecipe:
+class ShippedRecipe(NamedTuple):
     """A recipe that came with align."""
 
     name: str

@@ -8,6 +8,7 @@ Interleaves the commands (A B C ... A B C ...), prints the median CPU seconds of
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -29,10 +30,16 @@ COMMANDS = {
 }
 
 
+ENVIRONMENT = {
+    name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+}
+"""Compiled files are kept as Python keeps them by default: the libraries compared with have theirs."""
+
+
 def cpu_seconds(arguments: list[str]) -> float:
     """CPU seconds (user + system) of one fresh Python process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=ENVIRONMENT)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ from align.stages import STAGES
 
 STAGE_NAME = re.compile(r"[A-Za-z_][\w-]*")
 KEYS = ("output_dir", "defaults", "stages")
+
+
+def _every_key() -> list[str]:
+    return [leaf.name for kind in STAGES for leaf in leaf_fields(config_class(kind))]
 
 
 @dataclass
@@ -45,12 +49,11 @@ class PipelineReader:
 
     def check_top(self) -> None:
         """The keys of the file itself."""
-        known = [leaf.name for kind in STAGES for leaf in leaf_fields(config_class(kind))]
         for key, value in self.document.data.items():
             if key not in KEYS:
                 close = nearest(key, KEYS, 0.75)
                 hint = f"did you mean `{close}`?" if close else f"one of {', '.join(KEYS)}"
-                if close is None and advice(key, known):
+                if close is None and advice(key, _every_key()):
                     hint = "a key for several stages goes under `defaults:`, another into its stage"
                 self.tell((key,), f"is no key of a pipeline (value {shown(value)})", hint, value)
             elif key != "output_dir" and value is not None and not isinstance(value, Mapping):
@@ -113,7 +116,7 @@ class PipelineReader:
             self.tell((*path, "stage"), message, hint, kind)
             return None
         inline = Layer(self.document, entry, path, f"{name}.", self.folder)
-        draft = Draft(config_class(kind), replace(inline.source(()), key=None), f"{name}.")
+        draft = Draft(config_class(kind), inline.source(())._replace(key=None), f"{name}.")
         self._add_defaults(draft)
         if base is not None:
             data = {key: value for key, value in base.data.items() if key != "output_dir"}

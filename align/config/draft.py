@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -23,8 +24,7 @@ RESERVED = ("stage", "recipe", "optional")
 """Keys beside a stage's own that the loader reads itself."""
 
 
-@dataclass(frozen=True)
-class Override:
+class Override(NamedTuple):
     """`KEY=VALUE` from the command line."""
 
     key: str
@@ -103,7 +103,7 @@ class Draft:
     def kind(self) -> str:
         return str(self.config_class.model_fields["stage"].default)
 
-    @property
+    @cached_property
     def leaves(self) -> dict[str, LeafField]:
         return {leaf.name: leaf for leaf in leaf_fields(self.config_class)}
 
@@ -351,7 +351,7 @@ class Draft:
         inner = path[len(name.split(".")) :]
         length = next((n for n in range(len(inner), 0, -1) if inner[:n] in given.inner), 0)
         source, rest = given.inner.get(inner[:length], given.source), inner[length:]
-        return replace(source, key=f"{source.key}.{dotted(rest)}") if rest else source
+        return source._replace(key=f"{source.key}.{dotted(rest)}") if rest else source
 
     def tell(self, wrong: Fault | Trouble) -> None:
         path = wrong.path if isinstance(wrong, Fault) else wrong.key

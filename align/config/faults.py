@@ -1,8 +1,7 @@
 """What pydantic refuses, in the words of a recipe."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -11,8 +10,7 @@ from align.config.problems import KeyPath, dotted, shown
 from align.config.suggest import nearest
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(NamedTuple):
     """What pydantic found, in our words."""
 
     path: KeyPath

@@ -1,11 +1,10 @@
 """Walks a config class: every knob with its dotted name, type, default and sentence."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -23,8 +22,7 @@ _BOUNDS = {
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-@dataclass(frozen=True)
-class LeafField:
+class LeafField(NamedTuple):
     """One knob of a stage."""
 
     name: str

@@ -8,9 +8,8 @@ align; `output_dir` is relative to the current folder.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from align.config.draft import Draft, Layer, Override, parse_override
 from align.config.fields import config_class
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
     from align.config.pipeline import PipelineConfig
 
 
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(NamedTuple):
     """A stage's config and where it comes from."""
 
     config: StageConfig
@@ -42,8 +40,7 @@ class Loaded:
     """Inputs that another run has to write first."""
 
 
-@dataclass(frozen=True)
-class LoadedPipeline:
+class LoadedPipeline(NamedTuple):
     """A pipeline, its stages in order, and where every value comes from."""
 
     config: "PipelineConfig"

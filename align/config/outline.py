@@ -8,10 +8,9 @@ the same lines that make the fields, not a second list. A test compares both.
 import ast
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from align.stages import STAGES
 
@@ -29,8 +28,7 @@ _VALUES: tuple[tuple[tuple[str, ...], Value], ...] = (
 """Names in an annotation -> what the help shows for a value; the first that occurs decides."""
 
 
-@dataclass(frozen=True)
-class Knob:
+class Knob(NamedTuple):
     """What the help says of a field."""
 
     name: str

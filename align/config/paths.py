@@ -6,9 +6,8 @@ be anything but a path and does not exist is a problem. The rest is taken for a 
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from align.config.problems import KeyPath
 from align.config.suggest import nearest
@@ -37,8 +36,7 @@ HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 TEMPLATES = Path(__file__).parent.parent / "models" / "templates"
 
 
-@dataclass(frozen=True)
-class Trouble:
+class Trouble(NamedTuple):
     """Something wrong with the value of one key."""
 
     key: KeyPath

@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from align.config.paths import DATA_KEYS, MODEL_KEYS, Trouble, path_values, put
 from align.config.problems import KeyPath
@@ -19,8 +18,7 @@ SAMPLE_FILES = ("sft.jsonl", "pairs.jsonl", "samples.parquet")
 """What `align sample` leaves in its artifact."""
 
 
-@dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
     """A value of a stage that names an earlier stage."""
 
     path: KeyPath

@@ -6,9 +6,10 @@ rich itself respects NO_COLOR, TERM=dumb and COLUMNS.
 
 import unicodedata
 from functools import cache
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.text import Text
+if TYPE_CHECKING:  # who only needs `sanitise` does not wait for rich
+    from rich.console import Console
 
 ALLOWED = frozenset("\n\t\u200c\u200d")
 """Controls that stay: line feed, tab, and the joiners that many scripts and emoji need."""
@@ -45,14 +46,18 @@ def sanitise(text: str) -> str:
 
 
 @cache
-def console(*, results: bool = False) -> Console:
+def console(*, results: bool = False) -> "Console":
     """The console for progress and notes (stderr) or, with `results`, for answers (stdout).
 
     It reads `sys.stdout` and `sys.stderr` at each print, so redirection after the first call works.
     """
+    from rich.console import Console
+
     return Console(stderr=not results, highlight=False)
 
 
 def say(text: str, *, style: str = "", results: bool = False) -> None:
     """Print a line or paragraph of sanitised text; the terminal itself wraps long lines."""
+    from rich.text import Text
+
     console(results=results).print(Text(sanitise(text), style=style), soft_wrap=True)
