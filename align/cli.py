@@ -305,17 +305,20 @@ def run(
 
     loaded = load_pipeline(pipeline, sets or [], with_stages=with_stages or [])
     if dry_run:
-        _show_states(loaded)
+        _show_states(loaded, until, force or [])
         return
     _make_ready()
     run_pipeline(loaded, until=until, force=force or [])
 
 
-def _show_states(loaded: Any) -> None:
+def _show_states(loaded: Any, until: str | None, force: Sequence[str]) -> None:
+    from align.pipeline import stage_names
     from align.report.tables import show_status
     from align.status import Plan, survey
 
-    show_status(survey(Plan.of(loaded)))
+    plan = Plan.of(loaded)
+    stage_names(plan, until, force)
+    show_status(survey(plan))
 
 
 def status(

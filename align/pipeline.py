@@ -53,7 +53,7 @@ def run_pipeline(
             hint="run it without a launcher, and set launch.num_processes in the stages",
         )
     plan = Plan.of(loaded)
-    names = _names(plan, until, force)
+    names = stage_names(plan, until, force)
     with stoppable():
         found = {stage.name: stage for stage in survey(plan)}
         _refuse_foreign(plan, names, found)
@@ -66,8 +66,8 @@ def run_pipeline(
         return plan.output
 
 
-def _names(plan: Plan, until: str | None, force: Sequence[str]) -> list[str]:
-    """The stages to look at, in order."""
+def stage_names(plan: Plan, until: str | None, force: Sequence[str]) -> list[str]:
+    """The stages to look at, in order. Raises AlignError where `until` or `force` name none."""
     for key, wanted in [("--until", until), *(("--force", name) for name in force)]:
         if wanted is not None and wanted not in plan.chosen:
             close = nearest(wanted, plan.chosen)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from align.config.load import Loaded, is_pipeline, load_pipeline, load_stage, read_recipe
 from align.config.suggest import nearest
 from align.errors import fail
+from align.resources import SUFFIXES, shipped_recipes
 
 if TYPE_CHECKING:
     from align.status import StageStatus
@@ -42,6 +43,24 @@ def places(place: str | None) -> list[str]:
     return [str(file.parent) for file in found]
 
 
+def _refuse_no_run(place: str) -> None:
+    """Where a run folder is meant and there is none: name the command that makes it."""
+    folder = Path(place)
+    if folder.suffix in SUFFIXES or folder.exists():
+        return
+    hint = "`align run PIPELINE` or `align STAGE --recipe RECIPE` with this output_dir makes it"
+    known = False
+    for recipe in shipped_recipes():
+        output = str(read_recipe(recipe.path)[0].data.get("output_dir"))
+        if recipe.kind == "pipeline" and output in map(str, (folder, folder.parent)):
+            until = f" --until {folder.name}" if output != str(folder) else ""
+            known, hint = True, f"`align run {recipe.name}{until}` makes it"
+        elif output == str(folder):
+            known, hint = True, f"`align {recipe.kind} --recipe {recipe.name}` makes it"
+    if known or folder.parts[:1] == ("runs",):
+        fail("there is no run yet", where=place, hint=hint)
+
+
 def states(place: str, sets: Sequence[str], with_stages: Sequence[str]) -> "Sequence[StageStatus]":
     """How the stages of a pipeline (file or folder), or one run, stand."""
     from align.status import PIPELINE_FILE, Plan, run_status, survey
@@ -51,6 +70,7 @@ def states(place: str, sets: Sequence[str], with_stages: Sequence[str]) -> "Sequ
         if (folder / PIPELINE_FILE).is_file():
             return survey(Plan.read(folder))
         return [run_status(folder)]
+    _refuse_no_run(place)
     read = read_recipe(place)
     if is_pipeline(read[0]):
         return survey(Plan.of(load_pipeline(read, sets, with_stages=with_stages, ready=False)))

@@ -303,6 +303,14 @@ def test_run_dry_says_how_the_stages_stand(align):
     assert [path.name for path in Path().iterdir()] == ["r.yaml"]
 
 
+@pytest.mark.parametrize("flag", ["--until", "--force"])
+def test_run_dry_checks_the_names_of_stages(align, flag):
+    code, out, err = align("run", "tiny/pipeline", "--dry-run", flag, "rewrd")
+    assert (code, out) == (2, "")
+    assert f"{flag}: no stage that runs is called `rewrd`" in err
+    assert "did you mean `reward`?" in err
+
+
 def test_status_as_json_and_without_anything(align):
     _, out, _ = align("status", "tiny/pipeline", "--json")
     stages = json.loads(out)["stages"]
@@ -312,6 +320,23 @@ def test_status_as_json_and_without_anything(align):
     assert code == 2
     assert "no pipeline has run below runs/" in err
     assert align("status", "r.yaml")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("runs/tiny", "`align run tiny/pipeline` makes it"),
+        ("runs/tiny/reward/", "`align run tiny/pipeline --until reward` makes it"),
+        ("runs/gsm8k/sft", "`align sft --recipe gsm8k/sft` makes it"),
+        ("runs/mine", "`align run PIPELINE`"),
+    ],
+)
+def test_status_before_the_first_run_says_what_makes_it(align, place, words):
+    code, out, err = align("status", place)
+    assert (code, out) == (2, "")
+    assert "there is no run yet" in err
+    assert words in err
+    assert "no such recipe" in align("status", "tiny/pipelin")[2]
 
 
 # --- ends -------------------------------------------------------------------------------------

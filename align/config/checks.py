@@ -166,6 +166,9 @@ def _trainer(trainer: TrainerSection) -> Iterator[Trouble]:
     for tracker in reports:
         known = ("none", "all", *TRACKERS)
         yield from _name(("trainer", "report_to"), tracker, known, "tracker")
+    if trainer.max_steps == 0 or trainer.max_steps < -1:
+        message = f"is no number of steps: {trainer.max_steps}"
+        yield Trouble(("trainer", "max_steps"), message, "give 1 or more, or -1 for whole epochs")
     if trainer.warmup_steps >= 1 and trainer.warmup_steps != int(trainer.warmup_steps):
         hint = "give whole steps, or a share of all steps below 1"
         yield Trouble(

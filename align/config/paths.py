@@ -111,7 +111,19 @@ def locate(pattern: str, path: KeyPath, name: str, beside: Path) -> str | Troubl
     if not HUB_ID.fullmatch(name):
         hint = "a Hub id has the form `org/name`"
         return Trouble(path, "is neither a file or folder here nor a Hub id", hint)
-    return name
+    return _near_a_folder(path, name, beside) or name
+
+
+def _near_a_folder(path: KeyPath, name: str, beside: Path) -> Trouble | None:
+    """What is wrong with `runs/tinny` where the folder `runs` is here: that is no Hub id."""
+    first, slash, rest = name.partition("/")
+    folder = next((place / first for place in (Path.cwd(), beside) if (place / first).is_dir()), "")
+    if not slash or not folder:
+        return None
+    close = nearest(rest, [entry.name for entry in Path(folder).iterdir()])
+    hint = f"did you mean `{first}/{close}`?" if close else f"looked in {folder}"
+    hint += f" (for a Hub id, work where there is no folder `{first}`)"
+    return Trouble(path, "names no file or folder", hint)
 
 
 def _locate_accelerate(path: KeyPath, name: str, beside: Path) -> str | Trouble:

@@ -167,7 +167,7 @@ class TrainerSection(Section):
     num_train_epochs: PositiveFloat = 1.0
     """Passes over the data."""
     max_steps: int = -1
-    """Optimizer steps in all; overrides the epochs when positive."""
+    """Optimizer steps in all, which override the epochs; -1 for whole epochs."""
     lr_scheduler_type: str = "cosine"
     """Shape of the learning rate: `linear`, `cosine`, `constant`, `constant_with_warmup`, ..."""
     lr_scheduler_kwargs: dict[str, Any] | None = None

@@ -7,7 +7,7 @@ serves old rows when a file changes and keeps both.
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,7 @@ def _csv(file: Path) -> pa.Table:
     with file.open(encoding="utf-8-sig", newline="") as handle:
         reader = csv.DictReader(handle, strict=True)
         try:
+            _refuse_other_separator(reader.fieldnames or (), where)
             for number, row in enumerate(reader, 1):
                 if None in row or None in row.values():
                     found = sum(value is not None for key, value in row.items() if key is not None)
@@ -123,6 +124,14 @@ def _csv(file: Path) -> pa.Table:
     if problems:
         raise AlignError(*problems[:MOST_PROBLEMS])
     return _table(rows, where)
+
+
+def _refuse_other_separator(header: Sequence[str], where: str) -> None:
+    """One column whose name holds semicolons or tabs is a whole header."""
+    for mark, word in ((";", "semicolons"), ("\t", "tabs")):
+        if len(header) == 1 and mark in header[0]:
+            hint = "save it with commas (in a spreadsheet: CSV, separator `,`), or as jsonl"
+            fail(f"separates its columns by {word} and not by commas", where=where, hint=hint)
 
 
 def _parquet(file: Path) -> pa.Table:

@@ -75,6 +75,8 @@ def test_the_plain_recipes_are_right(kind):
         ("sft", "optim=adamw_trch", "trainer.optim", "did you mean `adamw_torch`?"),
         ("sft", "lr_scheduler_type=cosin", "trainer.lr_scheduler_type", "did you mean `cosine`?"),
         ("sft", "report_to=[wandb, wnadb]", "trainer.report_to", "did you mean `wandb`?"),
+        ("sft", "max_steps=0", "trainer.max_steps", "is no number of steps: 0"),
+        ("dpo", "max_steps=-2", "trainer.max_steps", "is no number of steps: -2"),
         ("sft", "warmup_steps=1.5", "trainer.warmup_steps", "is no number of steps"),
         ("dpo", "loss_type=sigmod", "loss_type", "did you mean `sigmoid`?"),
         ("dpo", "loss_type=[]", "loss_type", "is an empty list"),

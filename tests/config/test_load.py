@@ -353,6 +353,15 @@ def test_missing_folders_are_told_with_key_and_line(name):
     assert "names no file or folder" in problem.message
 
 
+def test_a_name_below_a_folder_that_is_here_is_no_hub_id(tmp_path):
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (problem,) = problems(BASE.replace("org/base", "runs/tinny"))
+    assert problem.key == "model.model_name_or_path"
+    assert "names no file or folder" in problem.message
+    assert "did you mean `runs/tiny`?" in problem.hint
+    assert config(BASE).model.model_name_or_path == "org/base"
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "x.parquet", "./rows"])
 def test_missing_data_files_are_told(name):
     (problem,) = problems(BASE.replace("org/rows", name))

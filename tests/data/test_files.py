@@ -82,6 +82,8 @@ def test_values_stay_what_they_are(tmp_path, name, content, rows):
         ("h.json", '{"a": ', r"h.json: is not JSON"),
         ("i.csv", "a,b\n1,2\n3\n", r"i.csv row 2: has 1 fields, and the header has 2"),
         ("j.csv", "a,b\n1,2,3\n", r"j.csv row 1: has 3 fields"),
+        ("o.csv", "a;b\n1;2,5\n", r"o.csv: separates its columns by semicolons"),
+        ("p.csv", "a\tb\n1\t2\n", r"p.csv: separates its columns by tabs"),
         ("k.csv", 'a,b\n1,"2\n', r"k.csv row 1: is not CSV"),
         ("l.parquet", "no parquet", r"l.parquet: is no sound parquet file"),
         ("m.arrow", "no arrow", r"m.arrow: is no sound arrow file"),
