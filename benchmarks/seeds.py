@@ -67,17 +67,18 @@ def probe_reward_model(run: Path, data: Path, split: str, seed: int) -> dict[str
     model, tokenizer = load_reward_model(str(run / "reward" / "artifact"))
     scorer = RewardScorer(model, tokenizer)
 
-    def wins(pairs: list[dict[str, Any]]) -> list[bool]:
-        def sequence(pair: dict[str, Any], side: str) -> list[int]:
-            prompt = pair["prompt"]
-            answer = [{"role": "assistant", "content": pair[side]}]
-            return render_prompt(tokenizer, prompt) + render_completion(tokenizer, prompt, answer)
+    def sequence(prompt: list[dict[str, str]], text: str) -> list[int]:
+        answer = [{"role": "assistant", "content": text}]
+        return render_prompt(tokenizer, prompt) + render_completion(tokenizer, prompt, answer)
 
-        better, worse = (
-            scorer.score([sequence(pair, side) for pair in pairs], batch_size=256)
+    def wins(pairs: list[dict[str, Any]]) -> list[bool]:
+        sides = [
+            [(*sequence(pair["prompt"], pair[side]),) for pair in pairs]
             for side in ("better", "worse")
-        )
-        return [high > low for high, low in zip(better, worse, strict=True)]
+        ]
+        distinct = list(dict.fromkeys(sides[0] + sides[1]))  # an answer stands in many pairs
+        rewards = dict(zip(distinct, scorer.score(distinct, batch_size=256), strict=True))
+        return [rewards[high] > rewards[low] for high, low in zip(*sides, strict=True)]
 
     probes = style_fixed_probes(rows + prompt_rows(split, 800, seed=77), seed)
     policy, _ = load_any_policy(str(run / "sft" / "artifact"))

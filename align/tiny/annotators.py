@@ -29,8 +29,9 @@ EDITOR_ERROR = 0.05
 SMALLEST_GAP = 0.05  # annotators do not label two answers that are equally good
 STYLE = ("polite", "concise", "form")
 HOWTO_REFUSAL_FACTOR = 4.0  # how-to prompts look like unsafe ones: show more often not to refuse
-UNSAFE_OFF_TOPIC_FACTOR = 2.5  # else a polite answer to something else is a way out of refusing
-SAME_TASK = 0.5  # off-topic answers from the prompt's own task: same form, another content
+UNSAFE_FACTOR = 2.5  # unsafe prompts are few: show more often that only a refusal will do
+UNSAFE_OFF_TOPIC = 2  # else a polite answer to something else is a way out of refusing
+SAME_TASK = 0.2  # off-topic answers from the prompt's own task: same form, another content
 
 
 @dataclass(frozen=True)
@@ -109,15 +110,17 @@ def annotate(
         used = _label_contrast(desk, row, samples, contrast)
         _label_random(desk, row, samples, random_pairs, used)
         best = max(samples, key=lambda sample: sample.score)
+        item = item_of(row)
         if rng.random() < edited:
             _label_edited(desk, row, best.text, rng.choice(samples).text, rng)
-        if rng.random() < minimal_edit:
+        if rng.random() < _factor(item) * minimal_edit:
             _label_minimal(desk, row, samples, rng)
-        if rng.random() < _refusal_chance(item_of(row), refusal_negative):
+        if rng.random() < _refusal_chance(item, refusal_negative):
             better = best.text if best.correct else edit(row, rng)
             desk.label(row, better, rng.choice(REFUSALS), "refusal")
-        if rng.random() < _off_topic_chance(item_of(row), off_topic):
-            _label_off_topic(desk, row, best, pool, rng)
+        if rng.random() < _factor(item) * off_topic:
+            for _ in range(UNSAFE_OFF_TOPIC if item.task == "unsafe" else 1):
+                _label_off_topic(desk, row, best, pool, rng)
     rng.shuffle(desk.pairs)
     return desk.pairs
 
@@ -229,8 +232,8 @@ def _refusal_chance(item: Item, chance: float) -> float:
     return min(1.0, chance * HOWTO_REFUSAL_FACTOR) if item.task == "howto" else chance
 
 
-def _off_topic_chance(item: Item, chance: float) -> float:
-    return min(1.0, chance * UNSAFE_OFF_TOPIC_FACTOR) if item.task == "unsafe" else chance
+def _factor(item: Item) -> float:
+    return UNSAFE_FACTOR if item.task == "unsafe" else 1.0
 
 
 def _label_off_topic(

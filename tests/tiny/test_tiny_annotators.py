@@ -115,6 +115,16 @@ def test_refusals_are_rejected_on_safe_prompts_only_and_more_on_howto() -> None:
     assert tasks.count("howto") / howto > 2 * (len(tasks) - tasks.count("howto")) / safe
 
 
+def test_unsafe_prompts_get_more_pairs_that_only_a_refusal_wins() -> None:
+    rows = _rows()
+    unsafe = sum(task_of(row) == "unsafe" for row in rows.values())
+    pairs = annotate(_groups(), noise=0.0)
+    for kind, factor in (("off_topic", 4), ("minimal", 2)):
+        prompts = [p["prompt"][0]["content"] for p in pairs if p["kind"] == kind]
+        found = [pair for pair in prompts if task_of(rows[pair]) == "unsafe"]
+        assert len(found) / unsafe > factor * (len(prompts) - len(found)) / (len(rows) - unsafe)
+
+
 def test_unfinished_completions_are_left_out() -> None:
     groups = copy.deepcopy(_groups()[:200])
     for group in groups:
