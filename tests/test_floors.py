@@ -103,3 +103,13 @@ print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
         check=True,
     )
     assert json.loads(done.stdout) == []
+
+
+def test_an_answer_without_colour_does_not_wait_for_rich(tmp_path):
+    code = (
+        "import sys; from align.report.terminal import sanitise; "
+        "assert sanitise('a\\x1b') == 'a\\\\x1b'; sys.exit('rich.console' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    assert done.returncode == 0
