@@ -15,6 +15,7 @@ from align.generation.sampler import unwrapped
 from align.models.adapters import expose_trained_head, lora_config
 from align.models.identity import IDENTITY_FILE, check_base, look_at
 from align.models.loading import check_vocabulary, load_policy, load_reward_model
+from align.models.quick_lora import quicken
 from align.models.tokenizer import load_tokenizer
 from align.ppo.roles import POLICY, Roles, add_reward_adapter, silence_dropout
 from align.ppo.scoring import Scorer, function_scorer, reward_model_scorer, weighted
@@ -78,6 +79,7 @@ def _with_adapters(config: PPOConfig, policy: Any, tokenizer: PreTrainedTokenize
         like = policy.peft_config["reward"] if shared else lora_config(plain)
         assert isinstance(like, LoraConfig)
         roles.add_adapter("value", deepcopy(like), trained=True)
+    quicken(policy)
     return roles
 
 

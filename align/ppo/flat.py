@@ -86,8 +86,6 @@ def segment_attention(
     """
     assert cu_seq_lens_q is not None
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
     edges = cu_seq_lens_q.tolist()
     parts = []
     for first, end in pairwise(edges):
@@ -102,6 +100,7 @@ def segment_attention(
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=scaling,
+                enable_gqa=groups > 1,
             )
         )
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None

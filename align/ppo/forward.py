@@ -47,16 +47,18 @@ class Forward:
         """Last hidden states of all tokens, shape [N, d]."""
         return hidden_states(model, flat, padded=self.padded)
 
-    def completions(self, model: Any, flat: Flat) -> tuple[Tensor, Tensor, Tensor]:
+    def completions(
+        self, model: Any, flat: Flat, *, entropy: bool = True
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Log-probability and entropy of every completion token, [n], and the states in front of them, [n, d]."""
         if self.own_logits:
             return self._by_logits(model, flat)
         rows = self.hidden(model, flat)[flat.rows]
         head = unwrapped(model).get_output_embeddings()
-        logprobs, entropy = linear_logprobs(
-            rows, head.weight, flat.targets, temperature=self.temperature
+        logprobs, entropies = linear_logprobs(
+            rows, head.weight, flat.targets, temperature=self.temperature, entropy=entropy
         )
-        return logprobs, entropy, rows
+        return logprobs, entropies, rows
 
     def _by_logits(self, model: Any, flat: Flat) -> tuple[Tensor, Tensor, Tensor]:
         lengths = torch.tensor(flat.lengths, device=flat.ids.device)

@@ -265,9 +265,10 @@ class Collector:
         roles, forward = self.roles, self.forward
         with roles.playing("policy") as model, self.precision():
             logprobs, entropy, rows = forward.completions(model, flat)
+            assert entropy is not None
             values = roles.values(rows) if roles.value_on_policy else None
         with roles.playing("reference") as model, self.precision():
-            reference = forward.completions(model, flat)[0]
+            reference = forward.completions(model, flat, entropy=False)[0]
         if values is None:
             with roles.playing("value") as model, self.precision():
                 values = roles.values(forward.hidden(model, flat)[flat.rows])

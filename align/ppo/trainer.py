@@ -312,7 +312,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             if moves or roles.value_on_policy:
                 with roles.playing("policy") as model:
                     with self.compute_loss_context_manager():
-                        logprobs, _, states = forward.completions(model, flat)
+                        logprobs, _, states = forward.completions(model, flat, entropy=False)
                         loss = torch.zeros((), device=roles.device)
                         if moves:
                             loss = loss + self._policy_part(logprobs, of, tokens)

@@ -8,13 +8,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 ROWS_AT_ONCE = 512
-COLUMNS_AT_ONCE = 8192
-"""A tile of logits: so many tokens times so many entries of the vocabulary."""
+COLUMNS_AT_ONCE = 2048
+"""A tile of logits: so many tokens times so many entries of the vocabulary (4 MiB, which stays in a cache)."""
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """log softmax(hidden @ weight.T / temperature) at the targets, and the entropies.
 
     The logits of a tile are made, summed up and forgotten. Where the head is frozen (LoRA), its gradient
@@ -26,24 +31,26 @@ def linear_logprobs(
         hidden: shape [n, d]. weight: the head's, shape [vocabulary, d], no bias.
         targets: token ids, shape [n].
         temperature: divides the logits.
+        entropy: whether entropies are wanted; they cost a pass over every tile.
 
     Returns:
-        log-probabilities, float32, shape [n], and entropies in nats without a gradient, shape [n].
+        log-probabilities, float32, shape [n], and entropies in nats without a gradient, shape [n], or None.
     """
     if weight.requires_grad and torch.is_grad_enabled():
-        return _with_trained_head(hidden, weight, targets, temperature)
-    found: tuple[Tensor, Tensor] = _FrozenHead.apply(hidden, weight, targets, temperature)
-    return found
+        return _with_trained_head(hidden, weight, targets, temperature, entropy)
+    logprobs, entropies = _FrozenHead.apply(hidden, weight, targets, temperature, entropy)
+    return logprobs, entropies if entropy else None
 
 
 def _with_trained_head(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
     def block(rows: Tensor, head: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         scores = (rows @ head.t()).float() / temperature
         logs = scores.log_softmax(-1)
-        entropy = -(logs.detach().exp() * logs.detach()).sum(-1)
-        return logs.gather(1, wanted[:, None]).squeeze(1), entropy
+        seen = logs.detach()
+        spread = -(seen.exp() * seen).sum(-1) if entropy else seen[:, 0]
+        return logs.gather(1, wanted[:, None]).squeeze(1), spread
 
     parts = [
         checkpoint(block, rows, weight, wanted, use_reentrant=False)
@@ -51,7 +58,8 @@ def _with_trained_head(
             hidden.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True
         )
     ]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    logprobs = torch.cat([part[0] for part in parts])
+    return logprobs, torch.cat([part[1] for part in parts]) if entropy else None
 
 
 class _FrozenHead(torch.autograd.Function):  # type: ignore[misc]
@@ -59,7 +67,7 @@ class _FrozenHead(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor]:
         wants_gradient = ctx.needs_input_grad[0]
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -67,50 +75,71 @@ class _FrozenHead(torch.autograd.Function):  # type: ignore[misc]
         slopes = torch.empty_like(hidden) if wants_gradient else None
         for first in range(0, len(hidden), ROWS_AT_ONCE):
             rows = slice(first, first + ROWS_AT_ONCE)
-            total, spread, mean_weight = _online_softmax(
-                hidden[rows], weight, temperature, keep_mean=wants_gradient
-            )
-            chosen = weight[targets[rows]]
-            score = torch.linalg.vecdot(hidden[rows].float(), chosen.float()) / temperature
-            logprobs[rows] = score - total
-            entropies[rows] = spread
-            if slopes is not None and mean_weight is not None:
-                slopes[rows] = ((chosen.float() - mean_weight) / temperature).to(hidden.dtype)
+            scaled = hidden[rows] / temperature
+            tiles = _Tiles(scaled, entropy=entropy, mean=wants_gradient)
+            for columns in weight.split(COLUMNS_AT_ONCE):
+                tiles.add(columns)
+            chosen = weight[targets[rows]].float()
+            logprobs[rows] = torch.linalg.vecdot(scaled.float(), chosen) - tiles.log_total()
+            if entropy:
+                entropies[rows] = tiles.entropy()
+            if slopes is not None:
+                slopes[rows] = ((chosen - tiles.mean_row()) / temperature).to(hidden.dtype)
         if slopes is not None:
             ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slopes,) = ctx.saved_tensors
-        return slopes * gradients[0][:, None].to(slopes.dtype), None, None, None
+        return slopes * gradients[0][:, None].to(slopes.dtype), None, None, None, None
 
 
-def _online_softmax(
-    hidden: Tensor, weight: Tensor, temperature: float, *, keep_mean: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log of the partition sum [n], entropy [n], and the mean of the head's rows [n, d] if asked for."""
-    count = len(hidden)
-    top = hidden.new_full((count, 1), -math.inf, dtype=torch.float32)
-    mass = torch.zeros_like(top)
-    weighted = torch.zeros_like(top)  # sum of exp(z - top) * (z - top)
-    mean = hidden.new_zeros(hidden.shape, dtype=torch.float32) if keep_mean else None
-    for columns in weight.split(COLUMNS_AT_ONCE):
-        scores = (hidden @ columns.t()).float().div_(temperature)
-        highest = torch.maximum(top, scores.amax(-1, keepdim=True))
-        scores.sub_(highest)
-        powers = scores.exp()
-        shift = torch.where(mass > 0, top - highest, torch.zeros_like(top))
-        shrink = torch.where(mass > 0, shift.exp(), torch.zeros_like(top))
-        weighted = shrink * (weighted + shift * mass) + torch.linalg.vecdot(powers, scores)[:, None]
-        mass = shrink * mass + powers.sum(-1, keepdim=True)
-        if mean is not None:
-            product = powers.to(columns.dtype) @ columns
-            mean = mean.mul_(shrink).add_(product)
-        top = highest
-    logs = mass.log()
-    entropy = logs - weighted / mass
-    if mean is not None:
-        mean = mean / mass
-    return (top + logs).squeeze(1), entropy.squeeze(1), mean
+class _Tiles:
+    """A softmax over a vocabulary that comes in pieces, for n rows of hidden states [n, d]."""
+
+    def __init__(self, hidden: Tensor, *, entropy: bool, mean: bool) -> None:
+        self.hidden = hidden
+        count = len(hidden)
+        self.top = hidden.new_full((count, 1), -math.inf, dtype=torch.float32)
+        self.mass = torch.zeros_like(self.top)  # sum of exp(z - top)
+        self.weighted = torch.zeros_like(self.top) if entropy else None  # and of that times z - top
+        self.mean = hidden.new_zeros(hidden.shape, dtype=torch.float32) if mean else None
+
+    def add(self, columns: Tensor) -> None:
+        """Take in some rows of the head, shape [c, d]."""
+        scores = (self.hidden @ columns.t()).float()
+        top = torch.maximum(self.top, scores.amax(-1, keepdim=True))
+        scores.sub_(top)
+        begun = self.mass > 0
+        shift = torch.where(begun, self.top - top, 0.0)
+        shrink = torch.where(begun, shift.exp(), 0.0)
+        if self.weighted is not None:
+            powers = scores.exp()
+            new = torch.linalg.vecdot(powers, scores)[:, None]
+            self.weighted = shrink * (self.weighted + shift * self.mass) + new
+        else:
+            powers = scores.exp_()
+        self.mass = shrink * self.mass + powers.sum(-1, keepdim=True)
+        if self.mean is not None:
+            self.mean.mul_(shrink)
+            if columns.dtype is torch.float32:
+                self.mean.addmm_(powers, columns)
+            else:
+                self.mean += powers.to(columns.dtype) @ columns
+        self.top = top
+
+    def log_total(self) -> Tensor:
+        """Log of the partition sum, [n]."""
+        return (self.top + self.mass.log()).squeeze(1)
+
+    def entropy(self) -> Tensor:
+        """In nats, [n]."""
+        assert self.weighted is not None
+        return (self.mass.log() - self.weighted / self.mass).squeeze(1)
+
+    def mean_row(self) -> Tensor:
+        """The head's rows weighted by their probabilities, [n, d]."""
+        assert self.mean is not None
+        return self.mean / self.mass
