@@ -264,7 +264,10 @@ def test_what_is_logged_and_noted(config):
 
 def test_an_alarm_that_may_stop_keeps_the_last_good_policy(config):
     """The KL limit is passed by the first updates: the rollout before them had no alarm."""
-    more = {"alarms": {"kl_per_token": 1e-9, "patience": 1, "stop_on": ["kl"]}}
+    more = {
+        "generation": {"max_new_tokens": 64}
+    }  # so that some answers end, else `eos` is raised at once
+    more |= {"alarms": {"kl_per_token": 1e-9, "patience": 1, "stop_on": ["kl"]}}
     trainer = make_trainer(config(**merged(more, {"trainer": {"max_steps": 12}})))
     before = weights(trainer)
     fit(trainer, trainer.folder)
