@@ -3,7 +3,7 @@
     python -m venv .venv-trl && .venv-trl/bin/pip install torch==2.13.0 trl==1.12.0 peft
     python benchmarks/ppo.py --trl .venv-trl/bin/python                 # both shapes, written to results/ppo.md
 
-Both sides get the same random Llama, prompts, response lengths (preset, spread as GSM8K's answers), rank, batch, passes,
+Both sides get the same random Llama, prompts, response lengths (preset, spread as GSM8K answers), rank, batch, passes,
 minibatches and temperature, one thread, float32. TRL trains a policy adapter and a full value model beside a full
 reward model, as its trainer does; align trains two adapters on one base, or one adapter with a value head on it.
 What counts is the processor time of the process from one rollout to the next (the first one is left out), split into
@@ -362,7 +362,9 @@ def compare(options: argparse.Namespace) -> None:
                 for side in SIDES:
                     found = run_side(side, Path(work), options.rollouts, options.trl)
                     runs[side].append(found)
-                    print(f"{shape} turn {turn}: {side}: {found['seconds']:.2f} s, {found['megabytes']:.0f} MB")
+                    print(
+                        f"{shape} turn {turn}: {side}: {found['seconds']:.2f} s, {found['megabytes']:.0f} MB"
+                    )
             results[shape] = {side: middle(found) for side, found in runs.items()}
     write(results, options)
 
