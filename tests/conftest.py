@@ -1,6 +1,7 @@
 """Tiny stand-ins, made on the spot: a byte-level tokenizer with Llama 3's control tokens, random models."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# A job in the background (`make test &`, nohup) begins with Ctrl-C ignored, and tests send it to themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 

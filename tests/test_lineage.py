@@ -47,7 +47,7 @@ def recipe(kind: str, place: Path) -> dict[str, Any]:
         models = {"one": str(place / "base"), "two": str(place / "adapter")}
         return base | {"data": data, "models": models, "reward_model": str(place / "reward")}
     base |= {"data": data, "model": model}
-    if kind == "sample":
+    if kind in ("sample", "ppo"):
         base["scorer"] = {"reward_model": str(place / "reward")}
     return base
 
@@ -74,6 +74,15 @@ OTHER: dict[str, Any] = {
     "data.test_split_size": 0.25,
     "data.columns": {"prompt": "question"},
     "lora.trainable_token_indices": [1],
+    "generation.fold_adapter": True,
+    "kl_estimator": "k3",
+    "total_episodes": 8,
+    "dual_clip": 3.0,
+    "value_model": "policy",
+    "value_init": "zero",
+    "reward_normalization": "none",
+    "alarms.stop_on": ["kl"],
+    "scorer.reward_funcs": {"contains": 1.0},
     "lora.lora_modules_to_save": ["lm_head"],
     "trainer.lr_scheduler_kwargs": {"num_cycles": 2},
     "trainer.train_sampling_strategy": "sequential",

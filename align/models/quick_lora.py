@@ -40,47 +40,48 @@ class _LowRank(torch.autograd.Function):  # type: ignore[misc]
         return of_x, None, None, of_a, of_b, None
 
 
-def quicken(model: PeftModel) -> int:
-    """Give plain LoRA layers over frozen linear layers the quick forward pass; returns how many got it.
+class QuickLinear(LoraLinear):  # type: ignore[misc]
+    """PEFT's layer with the quick forward pass, wherever that gives the very same.
 
-    At each call PEFT's own forward is used where more than one plain adapter is at work, where types differ
-    (autocast), or with dropout, DoRA and quantized weights.
+    A class and no replaced method, so that a deep copy of the model uses the copy's own weights.
+    """
+
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        """As PEFT's; x has shape [..., in], the result [..., out]."""
+        name = None if arguments or options else self._only_plain_adapter(x)
+        if name is None:
+            slow: Tensor = super().forward(x, *arguments, **options)
+            return slow
+        base = self.get_base_layer()
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        quick: Tensor = _LowRank.apply(x, base.weight, base.bias, a, b, self.scaling[name])
+        return quick
+
+    def _only_plain_adapter(self, x: Tensor) -> str | None:
+        """The one adapter that is at work, if PEFT would do no more with it than two products."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or len(active) != 1:
+            return None
+        name = active[0]
+        dropout, base = self.lora_dropout[name], self.get_base_layer()
+        silent = isinstance(dropout, nn.Identity) or dropout.p == 0 or not dropout.training
+        odd = name in self.lora_variant or self.lora_bias[name] or self.fan_in_fan_out
+        if odd or not silent or any(weight.requires_grad for weight in base.parameters()):
+            return None
+        types = {x.dtype, base.weight.dtype, self.lora_A[name].weight.dtype}
+        types.add(self.lora_B[name].weight.dtype)
+        return None if len(types) > 1 or torch.is_autocast_enabled(x.device.type) else name
+
+
+def quicken(model: PeftModel) -> int:
+    """Give plain LoRA layers over linear layers the quick forward pass; returns how many got it.
+
+    At each call PEFT's own forward is used where more or less than one plain adapter is at work, where types
+    differ (autocast), where the base is trained, and with dropout and DoRA. Quantized layers keep PEFT's own.
     """
     count = 0
     for module in model.modules():
         if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear:
-            module.forward = _quick_forward(module)
+            module.__class__ = QuickLinear
             count += 1
     return count
-
-
-def _quick_forward(layer: LoraLinear) -> Any:
-    slow = layer.forward
-
-    def forward(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        adapter = _plain_adapter(layer)
-        if adapter is None or arguments or options or torch.is_autocast_enabled(x.device.type):
-            found: Tensor = slow(x, *arguments, **options)
-            return found
-        base = layer.get_base_layer()
-        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        if not x.dtype == base.weight.dtype == a.dtype == b.dtype:
-            found = slow(x)
-            return found
-        quick: Tensor = _LowRank.apply(x, base.weight, base.bias, a, b, layer.scaling[adapter])
-        return quick
-
-    return forward
-
-
-def _plain_adapter(layer: LoraLinear) -> str | None:
-    """The one adapter that is at work, if PEFT would do no more with it than two products."""
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or len(active) != 1:
-        return None
-    name = active[0]
-    dropout = layer.lora_dropout[name]
-    plain = isinstance(dropout, nn.Identity) or dropout.p == 0 or not dropout.training
-    odd = name in layer.lora_variant or layer.lora_bias[name] or layer.fan_in_fan_out
-    trained_base = layer.get_base_layer().weight.requires_grad
-    return name if plain and not odd and not trained_base else None

@@ -53,10 +53,10 @@ def write_manifest(checkpoint: Path, step: int) -> None:
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None where every file fits the manifest."""
-    manifest = read_json(checkpoint / MANIFEST)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    wanted = _manifest_files(checkpoint)
+    if wanted is None:
         return "it was never finished"
-    for name, facts in manifest["files"].items():
+    for name, facts in wanted.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
@@ -64,10 +64,22 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {facts['size']}"
     # Sizes first: hashing gigabytes is not needed to see that a file was cut short.
     found = _contents(checkpoint)
-    for name, facts in manifest["files"].items():
-        if found[name]["sha256"] != facts["sha256"]:
+    for name, facts in wanted.items():
+        if found.get(name, {}).get("sha256") != facts["sha256"]:
             return f"{name} has another checksum"
     return None
+
+
+def _manifest_files(checkpoint: Path) -> dict[str, dict[str, Any]] | None:
+    """Size and sha256 of every file by the manifest; None where it is missing or damaged itself."""
+    manifest = read_json(checkpoint / MANIFEST)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict):
+        return None
+    whole = all(
+        isinstance(facts, dict) and {"size", "sha256"} <= facts.keys() for facts in files.values()
+    )
+    return files if whole else None
 
 
 def newest_complete_checkpoint(folder: Path) -> Path | None:

@@ -140,7 +140,7 @@ def test_the_window_mask_of_one_segment_by_hand():
 def with_adapters():
     model = get_peft_model(make("llama"), LoraConfig(r=2, task_type="CAUSAL_LM"))
     roles = Roles(model)
-    roles.add_adapter("value", LoraConfig(r=2, task_type="CAUSAL_LM"), trained=True)
+    roles.add_adapter("value", LoraConfig(r=2, task_type="CAUSAL_LM"))
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

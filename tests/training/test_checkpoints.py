@@ -84,6 +84,16 @@ def test_every_change_of_a_file_is_seen(tmp_path_factory, name: str, data: st.Da
     assert damage(checkpoint) is not None
 
 
+@pytest.mark.parametrize("word", ["size", "sha256", "files", "weights.safetensors"])
+def test_a_manifest_with_a_flipped_name_is_damage(tmp_path: Path, word: str) -> None:
+    """A bit in the manifest's own words: the checkpoint does not count, and nothing is raised."""
+    checkpoint = make(tmp_path, 10)
+    manifest = checkpoint / MANIFEST
+    manifest.write_text(manifest.read_text().replace(f'"{word}"', f'"{word[:-1]}~"', 1))
+    assert damage(checkpoint) is not None
+    assert newest_complete_checkpoint(tmp_path) is None
+
+
 def _same_files(before: bytes, after: bytes) -> bool:
     try:
         return json.loads(before)["files"] == json.loads(after)["files"]

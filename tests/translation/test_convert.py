@@ -1,8 +1,10 @@
 """Recipes of other tools become ours: what every key turns into, and that the result is valid."""
 
 import dataclasses
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from align.translation.kinds import tool_of
 from align.translation.translate import TABLES, translate
 from align.translation.writing import convert, recipe_text
 
+CHECKOUT = Path(__file__).parents[2]
 HANDBOOK = Path(__file__).parent / "handbook"
 OLD = sorted(file for file in HANDBOOK.rglob("*.yaml") if "orpo" not in file.parts)
 
@@ -330,11 +333,20 @@ def test_the_command(tmp_path):
         "--output",
         "ours.yaml",
     ]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    run = partial(
+        subprocess.run,
+        words,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},  # not an align that is installed elsewhere
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    done = run()
     assert done.returncode == 0, done.stderr
     assert "torch_dtype: renamed to model.dtype" in done.stdout
     assert "dtype: bfloat16   # from torch_dtype" in (tmp_path / "ours.yaml").read_text()
-    again = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    again = run()
     assert again.returncode == 2
     assert "overwritten" in again.stderr
 
