@@ -115,8 +115,10 @@ class Meter:
         self.marks: list[tuple[float, dict[str, float]]] = []
         self.before = 0
 
-    def start(self) -> None:
-        """Memory from here on."""
+    def start(self, models: Any) -> None:
+        """Memory from here on; weights that are mapped from a file are read first, so that they are no growth."""
+        for parameter in {p.data_ptr(): p for model in models for p in model.parameters()}.values():
+            float(parameter.sum())
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         self.before = pages * resource.getpagesize()
         Path("/proc/self/clear_refs").write_text("5")
@@ -174,7 +176,7 @@ def run_align(folder: Path, rollouts: int, value: str) -> dict[str, Any]:
         initial(self, *arguments, **options)
         meter.wrap(self.collector, "draw", "generate")
         meter.wrap(self.collector, "collect", "score", unless="generate")
-        meter.start()
+        meter.start([self.roles])
 
     def collected(self: Any, number: int) -> None:
         meter.mark()
@@ -334,7 +336,7 @@ def run_trl(folder: Path, rollouts: int) -> dict[str, Any]:
 
     module.forward = scored
     meter.wrap(module, "get_reward", "score")
-    meter.start()
+    meter.start([trainer.model, trainer.reward_model])
     trainer.train()
     meter.mark()
     return meter.report()
@@ -413,7 +415,7 @@ def main() -> None:
     parser.add_argument("--trl", help="python with trl 1.12")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--rollouts", type=int, default=4)
+    parser.add_argument("--rollouts", type=int, default=3)
     parser.add_argument("--side", choices=SIDES)
     parser.add_argument("--work", type=Path)
     options = parser.parse_args()
