@@ -30,6 +30,9 @@ With = Annotated[
     list[str] | None,
     typer.Option("--with", metavar="STAGE", help="Run this optional stage too; repeat for more."),
 ]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Let reward functions come from files.")
+]
 Stage = Annotated[str | None, typer.Option("--stage", help="Stage of a pipeline.")]
 
 SUMMARIES = {
@@ -195,6 +198,8 @@ def stage_command(kind: str) -> Callable[..., None]:
     knobs = everyday(kind)
 
     def command(**values: Any) -> None:
+        if values.get("allow_code"):
+            _allow_code()
         flags = {knob.name: values[knob.leaf] for knob in knobs}
         _run_stage_command(
             kind,
@@ -229,6 +234,8 @@ def _stage_parameters(kind: str) -> Iterable[inspect.Parameter]:
     yield _parameter("dry_run", Annotated[bool, dry_run], False)
     if kind == "eval":
         yield _parameter("as_json", Json, False)
+    if kind == "ppo":
+        yield _parameter("allow_code", AllowCode, False)
     for knob in everyday(kind):
         switch, name = knob.value == "BOOL", flag(knob.name)
         option = typer.Option(
@@ -238,6 +245,13 @@ def _stage_parameters(kind: str) -> Iterable[inspect.Parameter]:
             rich_help_panel=PANELS[knob.section],
         )
         yield _parameter(knob.leaf, Annotated[(bool if switch else str) | None, option])
+
+
+def _allow_code() -> None:
+    """For this process and those it launches. A flag and no key: a recipe cannot allow itself to run code."""
+    from align.environment import ALLOW_CODE
+
+    os.environ[ALLOW_CODE] = "1"
 
 
 def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
@@ -309,6 +323,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all, say what would run.")
     ] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Run a pipeline: only what is not there already; the same command goes on after a stop."""
     from align.config.load import load_pipeline
@@ -318,6 +333,8 @@ def run(
     if dry_run:
         _show_states(loaded, until, force or [])
         return
+    if allow_code:
+        _allow_code()
     _tell(loaded)
     _make_ready()
     run_pipeline(loaded, until=until, force=force or [])

@@ -35,6 +35,9 @@ LAUNCH_VARIABLES = (
     "SLURM_JOB_ID",
 )
 
+ALLOW_CODE = "ALIGN_ALLOW_CODE"
+"""Set to 1 by `--allow-code`: a reward function may then come from a file. No recipe can set it."""
+
 SECRET = re.compile(
     r"(?<![\w-])(?:"
     r"hf_[A-Za-z0-9]{16,}"

@@ -22,6 +22,7 @@ from align.config.sections import DataSection, StageConfig
 from align.data.fingerprint import describe_sources
 from align.durable import read_json, write_json
 from align.environment import library_version
+from align.registry import code_file
 from align.resources import find_path
 
 NOT_IN_RESULT = (
@@ -48,6 +49,9 @@ BATCH = (
 )
 """Only their product, the rows per optimizer step, is in the fingerprint: how a step is split
 changes rounding (and the masks of dropout) alone, and may have to change when memory runs out."""
+
+CODE_KEYS = "scorer.reward_funcs."
+"""Keys below it are names of reward functions, some of them `FILE.py:NAME`."""
 
 TEMPLATE_KEY = "model.chat_template_path"
 """Names a Jinja file, or one that ships under a short name."""
@@ -225,6 +229,25 @@ def _named_inputs(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _code_inputs(recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files behind reward functions `FILE.py:NAME`; in the recipe each stands by its number and function.
+
+    Of code that such a file imports nothing is known.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for key in [key for key in recipe if key.startswith(CODE_KEYS)]:
+        code = code_file(key.removeprefix(CODE_KEYS))
+        if code is None:
+            continue
+        file, function = code
+        name = f"{CODE_KEYS[:-1]}[{len(found)}]"
+        recipe[f"{name}:{function}"] = recipe.pop(key)
+        found[name] = {"path": str(file), "kind": "code"}
+        if file.is_file():
+            found[name]["sha256"] = file_sha256(file)
+    return found
+
+
 def identify(config: StageConfig) -> Identity:
     """Read a config's inputs and say what a run of it is made of.
 
@@ -232,7 +255,7 @@ def identify(config: StageConfig) -> Identity:
         AlignError: rows that the recipe names are not there.
     """
     recipe = dict(leaves(config.model_dump(mode="json")))
-    inputs = _named_inputs(recipe)
+    inputs = _named_inputs(recipe) | _code_inputs(recipe)
     for key in [key for key in recipe if key in inputs or _any(key, DATA_KEYS)]:
         del recipe[key]
     data = getattr(config, "data", None)

@@ -7,6 +7,7 @@ name is imported when the name is used.
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Literal
 
 from align.config.suggest import nearest
@@ -69,6 +70,12 @@ def check(kind: Kind, name: str) -> str | None:
         return None
     close = nearest(name, known)
     return f"did you mean `{close}`?" if close else f"one of {', '.join(sorted(known))}"
+
+
+def code_file(name: str) -> tuple[Path, str] | None:
+    """File and function of a reward function `FILE.py:NAME`; None for a registered name."""
+    path, found, function = name.rpartition(".py:")
+    return (Path(f"{path}.py").expanduser(), function) if found else None
 
 
 def check_reward(name: str) -> str | None:

@@ -10,10 +10,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# A job in the background (`make test &`, nohup) begins with Ctrl-C ignored, and tests send it to themselves.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+
+# A job in the background (`make test &`, nohup) begins with Ctrl-C ignored, and tests send it to themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CONTROL_TOKENS = [
     "<|begin_of_text|>",

@@ -5,6 +5,7 @@ fields' own.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from align.config.names import (
@@ -25,7 +26,7 @@ from align.config.sections import (
     TrainerSection,
 )
 from align.config.suggest import nearest
-from align.registry import Kind, check, check_reward
+from align.registry import Kind, check, check_reward, code_file
 
 
 def troubles(config: StageConfig) -> Iterator[Trouble]:
@@ -217,14 +218,18 @@ def _ppo(config: Any) -> Iterator[Trouble]:
         others = ("scorer.reward_funcs",)
         yield Trouble(("scorer", "reward_model"), "is required", hint, others)
     for name in scorer.reward_funcs:
-        wrong = check_reward(name) if ".py:" not in name else None
+        place = ("scorer", "reward_funcs", name)
+        code = code_file(name)
+        wrong = check_reward(name) if code is None else None
         if wrong is not None:
-            message = f"names no reward function or judge: `{name}`"
-            yield Trouble(("scorer", "reward_funcs", name), message, wrong)
+            yield Trouble(place, f"names no reward function or judge: `{name}`", wrong)
+        if code is not None and not code[0].is_file():
+            yield Trouble(place, f"names no file: `{code[0]}`", f"looked in {Path.cwd()}")
     for key, neutral in (("top_p", 1.0), ("top_k", 0)):
         if getattr(generation, key) != neutral:
             message = "makes draws that the log-probabilities know nothing of"
             yield Trouble(("generation", key), message, f"leave it at {neutral}")
+    yield from _folding(config)
     if lora.use_peft and lora.lora_dropout:
         message = "makes a ratio of probabilities noise"
         yield Trouble(("lora", "lora_dropout"), message, "leave it at 0 for PPO")
@@ -246,6 +251,24 @@ def _ppo(config: Any) -> Iterator[Trouble]:
         message = f"does not divide the {per_rollout} episodes of a rollout"
         hint = "batch size x accumulation x num_mini_batches must be a multiple of it"
         yield Trouble(("generation", "num_generations"), message, hint)
+
+
+def _folding(config: Any) -> Iterator[Trouble]:
+    """An adapter that somebody wants folded into the weights has to be a plain sum with them."""
+    if not (config.generation.fold_adapter and config.lora.use_peft):
+        return
+    others = {
+        "lora.use_dora": config.lora.use_dora,
+        "model.load_in_4bit": config.model.load_in_4bit,
+        "model.load_in_8bit": config.model.load_in_8bit,
+    }
+    for other in [name for name, on in others.items() if on]:
+        yield Trouble(
+            ("generation", "fold_adapter"),
+            f"folds the adapter into the weights, which `{other}` does not allow",
+            "leave fold_adapter out",
+            (other,),
+        )
 
 
 def _sample(config: Any) -> Iterator[Trouble]:

@@ -39,6 +39,12 @@ def cast_roles(
         if config.lora.use_peft
         else _with_full_weights(config, policy)
     )
+    if config.generation.fold_adapter and roles.unmergeable is not None:
+        fail(
+            f"the adapter cannot be folded into the weights: {roles.unmergeable}",
+            where="generation.fold_adapter: true",
+            hint="leave fold_adapter out",
+        )
     silence_dropout(roles)
     roles.eval()
     return roles

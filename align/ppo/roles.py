@@ -202,13 +202,28 @@ class Roles(nn.Module):  # type: ignore[misc]
             for name, weight in state.items():
                 own[name].copy_(weight)
 
-    def gradient_checkpointing_enable(self, **arguments: Any) -> None:
-        """Recompute activations of the trained models in their backward passes."""
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
+    ) -> None:
+        """Recompute activations of the trained models in their backward passes.
+
+        Args:
+            activation_checkpointing_kwargs: for torch's `checkpoint`.
+            more: `every_n_layers` and `offload`, as transformers' models take them.
+        """
         for model in (self.policy, self.value):
             if model is not None:
-                unwrapped(model).gradient_checkpointing_enable(**arguments)
+                unwrapped(model).activation_checkpointing_enable(
+                    activation_checkpointing_kwargs=activation_checkpointing_kwargs, **more
+                )
                 if hasattr(model, "enable_input_require_grads"):
                     model.enable_input_require_grads()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
+    ) -> None:
+        """The same by the name that transformers gives up in v6."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **more)
 
     @contextmanager
     def merged(self) -> Iterator[None]:
@@ -218,11 +233,7 @@ class Roles(nn.Module):  # type: ignore[misc]
         weights while it lasts.
         """
         kept: list[tuple[Any, Tensor]] = []
-        layers = [
-            layer
-            for layer in self._layers[id(self.policy)]
-            if isinstance(layer, LoraLayer) and POLICY in _adapters_of(layer)
-        ]
+        layers = self._adapted()
         before = [layer._disable_adapters for layer in layers]
         try:
             for layer in layers:
@@ -241,19 +252,33 @@ class Roles(nn.Module):  # type: ignore[misc]
 
     def can_merge(self) -> bool:
         """Whether `merged` gives the policy's own numbers: plain LoRA on float32 weights."""
+        weights = [layer.get_base_layer().weight for layer in self._adapted()]
+        return bool(weights) and self.unmergeable is None and weights[0].dtype is torch.float32
+
+    @property
+    def unmergeable(self) -> str | None:
+        """Why the policy's adapter cannot be folded into its weights; None where it can, or where there is none."""
         if not isinstance(self.policy, PeftModel):
-            return False
-        config = self.policy.peft_config[POLICY]
-        layers = [layer for layer in self._layers[id(self.policy)] if isinstance(layer, LoraLayer)]
-        return bool(
-            layers
-            and not config.use_dora
-            and all(
-                isinstance(layer.get_base_layer(), nn.Linear)
-                and layer.get_base_layer().weight.dtype is torch.float32
-                for layer in layers
-            )
-        )
+            return None
+        layers = [layer.get_base_layer() for layer in self._adapted()]
+        if self.policy.peft_config[POLICY].use_dora:
+            return "the adapter is DoRA, which is no sum of two weights"
+        if not all(isinstance(layer, nn.Linear) for layer in layers):
+            return "it adapts other layers than linear ones"
+        if not all(layer.weight.is_floating_point() for layer in layers):
+            return "the weights under it are quantized"
+        inputs = unwrapped(self.policy).get_input_embeddings().weight
+        if any(layer.weight is inputs for layer in layers):
+            return "it adapts an output head that is the input embedding too"
+        return None
+
+    def _adapted(self) -> list[Any]:
+        """The layers with weights of the policy's adapter."""
+        return [
+            layer
+            for layer in self._layers[id(self.policy)]
+            if isinstance(layer, LoraLayer) and POLICY in _adapters_of(layer)
+        ]
 
 
 def _switches(model: nn.Module) -> list[Any]:

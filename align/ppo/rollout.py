@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from align.environment import world_size
-from align.errors import fail
+from align.errors import AlignError, Problem, fail
 from align.generation.answers import Prompt, stop_ids
 from align.generation.sampler import sample_completions
 from align.models.tokenizer import end_of_turn_ids
@@ -64,20 +64,24 @@ def update_plan(
     Args:
         lengths: of the episodes; their number is a multiple of all the others together.
         seed: of the order (run, rollout, pass).
-        by_length: sort a minibatch by length, so that micro-batches hold like lengths.
+        by_length: sort a minibatch by length, so that micro-batches hold like lengths; it is dealt out like cards, so
+            that the processes of a micro-batch have like loads.
     """
     order = np.random.default_rng(list(seed)).permutation(len(lengths)).tolist()
     size = len(lengths) // minibatches
-    share = size // processes
     plan: Plan = []
     for first in range(0, len(order), size):
         mini = order[first : first + size]
         if by_length:
             mini = sorted(mini, key=lambda place: (lengths[place], place))
+            shares = [mini[process::processes] for process in range(processes)]
+        else:
+            share = size // processes
+            shares = [mini[start : start + share] for start in range(0, size, share)]
         plan.append(
             [
-                [mini[at : at + micro_batch] for at in range(start, start + share, micro_batch)]
-                for start in range(0, size, share)
+                [one[at : at + micro_batch] for at in range(0, len(one), micro_batch)]
+                for one in shares
             ]
         )
     return plan
@@ -89,6 +93,33 @@ def gathered(items: list[Item]) -> list[Item]:
         return items
     found: list[Item] = gather_object(items)
     return found
+
+
+def gathered_from(work: Callable[[], list[Item]]) -> list[Item]:
+    """What `work` gives in all processes, in their order.
+
+    Where it fails in one process, all of them raise, so that none waits for the one that gave up.
+    """
+    if world_size() == 1:
+        return work()
+    items: list[Item] = []
+    own: Exception | None = None
+    problems: tuple[Problem, ...] = ()
+    try:
+        items = work()
+    except AlignError as error:
+        own, problems = error, error.problems
+    except Exception as error:
+        own, problems = (
+            error,
+            (Problem(f"another process failed: {type(error).__name__}: {error}"),),
+        )
+    told = gather_object([problems])
+    if own is not None:
+        raise own
+    if any(told):
+        raise AlignError(*dict.fromkeys(problem for one in told for problem in one))
+    return gathered(items)
 
 
 class Collector:
@@ -173,17 +204,14 @@ class Collector:
         plan = self.plan(drawn, number, 0)
         mine = [micro for mini in plan for micro in mini[self.rank]]
         order = gathered([place for micro in mine for place in micro])
-        scores = self._in_order(self._scores(drawn, mine), order)
+        found = gathered_from(lambda: self._scores(drawn, mine))
+        scores = torch.zeros(len(order))
+        scores[torch.tensor(order)] = torch.tensor(found)
         if not self.settled:
             self._start(drawn, scores)
         looks = self._look(drawn, mine, order)
         experience = Experience(number, drawn, scores=scores, **looks)
         return experience, self.estimate(experience, kl_coef)
-
-    def _in_order(self, values: list[float], order: list[int]) -> Tensor:
-        found = torch.zeros(len(order))
-        found[torch.tensor(order)] = torch.tensor(gathered(values))
-        return found
 
     def _start(self, episodes: list[Episode], scores: Tensor) -> None:
         """What the first rollout fixes: the way through the models, the reward's scale, the value's start."""
@@ -195,7 +223,7 @@ class Collector:
             self.forward.padded |= not can_flatten(self.roles.value)
         if self.config.reward_normalization == "first":
             self.reward_mean = float(scores.mean())
-            deviation = float(scores.std())
+            deviation = float(scores.std()) if len(scores) > 1 else 0.0
             # Equal scores (a rare reward that nobody earned yet), or a single one, have no scale.
             self.reward_deviation = deviation if deviation > 1e-6 else 1.0
         if self.config.value_init == "reward":

@@ -1,4 +1,10 @@
-"""Who scores an episode: reward models and registered functions, each with a weight."""
+"""Who scores an episode: reward models and registered functions, each with a weight.
+
+With `reward_normalization: first` the deviation of the first rollout's scores divides all later ones. A reward that
+is rare at first (one right answer in a hundred) has a tiny deviation, so that later scores are large and
+`reward_clip` caps them: every success then counts `reward_clip`, whatever its size. Such rewards want
+`reward_normalization: none`.
+"""
 
 import importlib.util
 import inspect
@@ -9,14 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.environment import ALLOW_CODE
 from align.errors import fail
 from align.evaluation.judges import ask
 from align.generation.answers import Answer, Group, Prompt, RewardModel
 from align.ppo.experience import Episode
-from align.registry import REWARD_FUNCS, resolve_reward
-
-ALLOW_CODE = "ALIGN_ALLOW_CODE"
-"""Set by `--allow-code`: a reward function may then come from a file. No recipe can set it."""
+from align.registry import REWARD_FUNCS, code_file, resolve_reward
 
 Scorer = Callable[[Sequence[Episode]], list[float]]
 """Scores of episodes, in their order."""
@@ -42,9 +46,9 @@ def _without_stop(episode: Episode) -> list[int]:
 
 def function_scorer(name: str, prompts: Sequence[Prompt]) -> Scorer:
     """Scores by a registered reward function or judge, or by `FILE.py:NAME` where `--allow-code` was given."""
-    from_file = ".py:" in name
-    function = _from_file(name) if from_file else resolve_reward(name)
-    if _is_judge(function) or not (from_file or name in REWARD_FUNCS):
+    code = code_file(name)
+    function = _from_file(*code) if code else resolve_reward(name)
+    if _is_judge(function) or not (code or name in REWARD_FUNCS):
 
         def by_judge(episodes: Sequence[Episode]) -> list[float]:
             found = []
@@ -106,18 +110,16 @@ def _call(
     return [float(score) for score in scores]
 
 
-def _from_file(name: str) -> Callable[..., Any]:
-    path, _, attribute = name.rpartition(":")
+def _from_file(file: Path, attribute: str) -> Callable[..., Any]:
     if os.environ.get(ALLOW_CODE) != "1":
         fail(
-            f"runs code from {path}, which nobody allowed",
+            f"runs code from {file}, which nobody allowed",
             where="scorer.reward_funcs",
             hint="add `--allow-code` to the command if you trust that file, or register the function in a "
             "package (entry point `align.reward_funcs`)",
         )
-    file = Path(path).expanduser()
     if not file.is_file():
-        fail("no such file", where=f"scorer.reward_funcs: {path}")
+        fail("no such file", where=f"scorer.reward_funcs: {file}")
     spec = importlib.util.spec_from_file_location(f"align_reward_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None

@@ -1,6 +1,5 @@
 """The trainer: transformers' own loop, in which every step is one update from the rollout at hand."""
 
-import json
 import math
 import time
 from collections import defaultdict
@@ -10,35 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from align.durable import write_text
 from align.environment import world_size
 from align.errors import fail
 from align.generation.answers import Prompt
 from align.ppo.alarms import Alarm, alarms
 from align.ppo.casting import say_casting
 from align.ppo.estimators import adapted_kl_coef, policy_loss, value_loss
-from align.ppo.experience import Experience, load_experience
+from align.ppo.experience import Experience
+from align.ppo.records import LOGGED, write_samples
 from align.ppo.roles import Roles
 from align.ppo.rollout import Collector, Plan
 from align.ppo.scoring import Scorer
+from align.ppo.state import load_state, save_state
 from align.report.terminal import say
 from align.runs import RunFolder
 from align.stages.ppo import PPOConfig
 from align.training.arguments import ppo_arguments
 
-WEIGHTS, STATE, GOOD = "trained.safetensors", "ppo_state.json", "last_good.safetensors"
-"""Files of a checkpoint: trained weights, everything else that PPO remembers, the last policy without alarms."""
-
 EXACT = 1e-4
 """How far ratio and KL may be from 1 and 0 before the first update (float32; reduced precision: 0.05)."""
-
-SAMPLES = 8
-"""Episodes of a rollout in samples.jsonl."""
 
 
 def episodes_per_rollout(config: PPOConfig) -> int:
@@ -102,6 +95,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         self.history: list[dict[str, float]] = []
         self.raised: dict[str, int] = {}
         self.good: dict[str, Tensor] = {}
+        self.good_rollout: int | None = None
         self.halted: str | None = None
         self.left_alone = False
         self._plan: tuple[tuple[int, int], Plan] | None = None
@@ -229,7 +223,8 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         stopping = [alarm for alarm in raised if alarm.name in self.config.alarms.stop_on]
         if stopping:
             self.halted = stopping[0].name
-        elif self.config.alarms.stop_on and not raised:
+        elif self.config.alarms.stop_on:  # an alarm that may not stop the run makes no policy bad
+            self.good_rollout = int(found["rollout"])
             self.good = {
                 name: weight.cpu().clone()
                 for name, weight in self.roles.trained_state().items()
@@ -250,27 +245,8 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         for key, name in LOGGED.items():
             self._logged[name].append(found[key])
         e = self.experience
-        if e is None or not self.folder.is_main or e.number % self.config.sample_rollouts:
-            return
-        kl = ((e.logprobs - e.reference) * e.mask).sum(1)
-        rows = [
-            {
-                "rollout": e.number,
-                "prompt": self.prompts[episode.prompt].row["prompt"],
-                "completion": episode.text,
-                "score": float(e.scores[place]),
-                "reward": float(e.rewards[place]),
-                "kl": float(kl[place]),
-                "ended": episode.ended,
-            }
-            for place, episode in enumerate(e.episodes[:SAMPLES])
-        ]
-        file = self.folder.path / "samples.jsonl"
-        kept = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        # A run that goes on from a checkpoint draws some rollouts a second time.
-        kept = [line for line in kept if json.loads(line)["rollout"] < e.number]
-        lines = [*kept, *(json.dumps(row, ensure_ascii=False) for row in rows)]
-        write_text(file, "".join(f"{line}\n" for line in lines), flush=False)
+        if e is not None and self.folder.is_main and e.number % self.config.sample_rollouts == 0:
+            write_samples(self.folder.path / "samples.jsonl", e, self.prompts)
 
     # learning
 
@@ -440,48 +416,11 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
     # checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: weight.contiguous() for name, weight in self.roles.trained_state().items()}
-        save_file(state, folder / WEIGHTS)
-        if self.good:
-            save_file(self.good, folder / GOOD)
-        if self.experience is not None:
-            self.experience.save(folder)
-        collector = self.collector
-        kept = {
-            "kl_coef": self.kl_coef,
-            "history": self.history,
-            "raised": self.raised,
-            "halted": self.halted,
-            "left_alone": self.left_alone,
-            "settled": collector.settled,
-            "padded": collector.forward.padded,
-            "own_logits": collector.forward.own_logits,
-            "reward_mean": collector.reward_mean,
-            "reward_deviation": collector.reward_deviation,
-            "logged": dict(self._logged),
-        }
-        (folder / STATE).write_text(json.dumps(kept), encoding="utf-8")
+        if self.args.should_save:
+            save_state(self, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        self.roles.load_trained_state(load_file(folder / WEIGHTS))
-        self.good = load_file(folder / GOOD) if (folder / GOOD).is_file() else {}
-        self.experience = load_experience(folder)
-        kept = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        self.kl_coef, self.history = kept["kl_coef"], kept["history"]
-        self.raised, self.halted = kept["raised"], kept["halted"]
-        self.left_alone = kept["left_alone"]
-        self._logged = defaultdict(list, kept["logged"])
-        collector = self.collector
-        collector.settled = kept["settled"]
-        collector.forward.padded = kept["padded"]
-        collector.forward.own_logits = kept["own_logits"]
-        collector.reward_mean = kept["reward_mean"]
-        collector.reward_deviation = kept["reward_deviation"]
+        load_state(self, Path(resume_from_checkpoint))
 
     def close(self) -> None:
         """After training: the last good policy where an alarm ended the run, and the figures for the summary."""
@@ -498,26 +437,6 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             folder.note("alarms", self.raised)
         if self.halted is not None:
             folder.note("stopped_by", self.halted)
-
-
-LOGGED = {
-    "score": "objective/scores",
-    "reward": "objective/reward",
-    "score_deviation": "objective/scores_std",
-    "kl": "objective/kl",
-    "kl_k3": "objective/kl_k3",
-    "kl_per_token": "objective/kl_per_token",
-    "kl_coef": "objective/kl_coef",
-    "entropy": "objective/entropy",
-    "length": "completions/mean_length",
-    "eos_rate": "completions/eos_rate",
-    "unique_rate": "completions/unique_rate",
-    "value": "val/value",
-    "return": "val/return",
-    "explained_variance": "val/explained_variance",
-    "clipped_scores": "objective/clipped_scores",
-    "generate_seconds": "time/generate",
-    "score_seconds": "time/score",
-    "update_seconds": "time/update",
-}
-"""Figures of a rollout and their names in the log; TRL's names where it has the figure."""
+            number = self.good_rollout
+            kept = "the last one: none was there before the alarm"
+            folder.note("kept_policy", kept if number is None else f"of rollout {number}")

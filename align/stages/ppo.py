@@ -86,7 +86,7 @@ class AlarmSection(Section):
     stop_on: list[Literal["length", "kl", "eos", "critic", "saturation", "collapse"]] = Field(
         default_factory=list
     )
-    """Alarms that end the run; it then keeps the last policy without any alarm."""
+    """Alarms that end the run; it then keeps the last policy before them."""
 
 
 class PPOConfig(StageConfig):
@@ -147,7 +147,8 @@ class PPOConfig(StageConfig):
     whiten_rewards: bool = False
     """Token rewards with variance 1, their mean kept (makes answers shorter)."""
     reward_normalization: Literal["first", "none"] = "first"
-    """Mean 0 and deviation 1 of the scores in the first rollout (the reference's own), or scores as they are."""
+    """Mean 0 and deviation 1 of the scores in the first rollout, or scores as they are (`none`, for a reward that is
+    rare at first: its tiny first deviation would lift later ones to `reward_clip`)."""
     reward_clip: PositiveFloat | None = 10.0
     """Clip the normalized score to this range; null: no clipping."""
     missing_eos_penalty: NonNegativeFloat | None = 1.0
