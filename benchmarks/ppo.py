@@ -368,7 +368,10 @@ def compare(options: argparse.Namespace) -> None:
                         f"{shape} turn {turn}: {side}: {found['seconds']:.2f} s, {found['megabytes']:.0f} MB"
                     )
             results[shape] = {side: middle(found) for side, found in runs.items()}
-    write(results, options)
+            results[shape]["trl"]["rollouts"] = options.rollouts - 1
+    file = RESULTS / "ppo.json"
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    write(kept | results)
 
 
 def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -381,16 +384,21 @@ def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def write(results: dict[str, Any], options: argparse.Namespace) -> None:
+def write(results: dict[str, Any]) -> None:
     """A table and the figures behind it."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "ppo.json").write_text(json.dumps(results, indent=2) + "\n")
     lines = [
         "# PPO against TRL 1.12",
         "",
-        f"Made by `python benchmarks/ppo.py --turns {options.turns} --rollouts {options.rollouts}`: "
-        f"{EPISODES} episodes a rollout, {PASSES} passes, micro-batches of {MICRO}, one thread, float32;",
+        f"Made by `python benchmarks/ppo.py`: {EPISODES} episodes a rollout, {PASSES} passes, micro-batches of {MICRO}, one thread, float32;",
         "processor seconds a rollout (medians over the turns, taken in turn) and memory above the loaded models.",
+        "Measured: "
+        + "; ".join(
+            f"{shape} {len(sides['trl']['turns'])} turns of {sides['trl']['rollouts']} rollouts"
+            for shape, sides in results.items()
+        )
+        + ".",
         "",
         "| shape | side | seconds | generate | score | update | MB above | speed | memory |",
         "|---|---|---|---|---|---|---|---|---|",
