@@ -115,8 +115,10 @@ class Meter:
         self.marks: list[tuple[float, dict[str, float]]] = []
         self.before = 0
 
-    def start(self) -> None:
-        """Memory from here on."""
+    def start(self, models: Any) -> None:
+        """Memory from here on; weights that are mapped from a file are read first, so that they are no growth."""
+        for parameter in {p.data_ptr(): p for model in models for p in model.parameters()}.values():
+            float(parameter.sum())
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         self.before = pages * resource.getpagesize()
         Path("/proc/self/clear_refs").write_text("5")
@@ -174,7 +176,7 @@ def run_align(folder: Path, rollouts: int, value: str) -> dict[str, Any]:
         initial(self, *arguments, **options)
         meter.wrap(self.collector, "draw", "generate")
         meter.wrap(self.collector, "collect", "score", unless="generate")
-        meter.start()
+        meter.start([self.roles])
 
     def collected(self: Any, number: int) -> None:
         meter.mark()
@@ -334,7 +336,7 @@ def run_trl(folder: Path, rollouts: int) -> dict[str, Any]:
 
     module.forward = scored
     meter.wrap(module, "get_reward", "score")
-    meter.start()
+    meter.start([trainer.model, trainer.reward_model])
     trainer.train()
     meter.mark()
     return meter.report()
@@ -366,7 +368,10 @@ def compare(options: argparse.Namespace) -> None:
                         f"{shape} turn {turn}: {side}: {found['seconds']:.2f} s, {found['megabytes']:.0f} MB"
                     )
             results[shape] = {side: middle(found) for side, found in runs.items()}
-    write(results, options)
+            results[shape]["trl"]["rollouts"] = options.rollouts - 1
+    file = RESULTS / "ppo.json"
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    write(kept | results)
 
 
 def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -379,16 +384,21 @@ def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def write(results: dict[str, Any], options: argparse.Namespace) -> None:
+def write(results: dict[str, Any]) -> None:
     """A table and the figures behind it."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "ppo.json").write_text(json.dumps(results, indent=2) + "\n")
     lines = [
         "# PPO against TRL 1.12",
         "",
-        f"Made by `python benchmarks/ppo.py --turns {options.turns} --rollouts {options.rollouts}`: "
-        f"{EPISODES} episodes a rollout, {PASSES} passes, micro-batches of {MICRO}, one thread, float32;",
+        f"Made by `python benchmarks/ppo.py`: {EPISODES} episodes a rollout, {PASSES} passes, micro-batches of {MICRO}, one thread, float32;",
         "processor seconds a rollout (medians over the turns, taken in turn) and memory above the loaded models.",
+        "Measured: "
+        + "; ".join(
+            f"{shape} {len(sides['trl']['turns'])} turns of {sides['trl']['rollouts']} rollouts"
+            for shape, sides in results.items()
+        )
+        + ".",
         "",
         "| shape | side | seconds | generate | score | update | MB above | speed | memory |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -413,7 +423,7 @@ def main() -> None:
     parser.add_argument("--trl", help="python with trl 1.12")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--rollouts", type=int, default=4)
+    parser.add_argument("--rollouts", type=int, default=3)
     parser.add_argument("--side", choices=SIDES)
     parser.add_argument("--work", type=Path)
     options = parser.parse_args()

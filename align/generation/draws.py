@@ -10,8 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from align.errors import fail
+
+
+BLOCK = 256
+"""Tokens whose probabilities are added up first: only one block's running sum is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +71,32 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> t
         scores = scores.masked_fill(scores < least, -torch.inf)
     if decoding.top_p < 1:
         scores = _nucleus(scores, decoding.top_p)
+    return _at(scores.softmax(-1), uniform)
+
+
+def _at(probability: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first place of each row at which the cumulative probability exceeds its number.
+
+    Args:
+        probability: shape [rows, vocabulary]. uniform: shape [rows], float64.
+    """
+    rows, size = probability.shape
+    padded = functional.pad(probability, (0, -size % BLOCK)) if size % BLOCK else probability
+    blocks = padded.view(rows, -1, BLOCK)
     # float32 sums over 128,000 tokens would shift the borders by more than rare tokens are wide.
-    mass = scores.softmax(-1).double().cumsum(-1)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     # A float64 below 1 times the total is below the total, so the token has some probability.
-    target = (uniform * mass[:, -1])[:, None]
-    return torch.searchsorted(mass, target, right=True).squeeze(1)
+    target = uniform * ends[:, -1]
+    block = torch.searchsorted(ends, target[:, None], right=True).squeeze(1)
+    drawn = block < blocks.shape[1]  # not so where the probabilities are NaN
+    block = block.clamp(max=blocks.shape[1] - 1)
+    every = torch.arange(rows, device=probability.device)
+    before = torch.where(block > 0, ends[every, (block - 1).clamp(min=0)], 0.0)
+    mass = before[:, None] + blocks[every, block].double().cumsum(-1)
+    inside = torch.searchsorted(mass, target[:, None], right=True).squeeze(1)
+    # Two orders of summing differ in the last bits: a number on a block's border stays inside it.
+    last = (blocks[every, block] > 0).long().cumsum(-1).argmax(-1)
+    return torch.where(drawn, block * BLOCK + torch.minimum(inside, last), size)
 
 
 def refuse_nan(tokens: torch.Tensor, vocabulary: int) -> None:

@@ -17,6 +17,7 @@ from align.config.sections import ModelSection
 from align.models.adapters import join_adapters, name_base, save_adapter
 from align.models.identity import write_base_identity
 from align.models.loading import load_policy
+from align.models.quick_lora import quicken
 from align.models.tokenizer import end_of_turn_ids
 from align.runs import RunFolder
 from align.training.callbacks import training_callbacks
@@ -31,6 +32,8 @@ def fit(trainer: Trainer, folder: RunFolder) -> dict[str, float]:
     Returns:
         The trainer's closing metrics; they are also noted in the run folder.
     """
+    if isinstance(trainer.model, PeftModel):
+        quicken(trainer.model)
     for callback in training_callbacks(folder, trainer):
         trainer.add_callback(callback)
     checkpoint = newest_complete_checkpoint(folder.checkpoints)
