@@ -1,6 +1,7 @@
 """Commands end to end, short of training: what they print, where, and with which exit code."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from align import cli
 from align.cli import main
+from align.environment import ALLOW_CODE
 from align.errors import AlignError, Problem
 from align.options import ordered
 
@@ -148,6 +150,29 @@ def test_a_bad_recipe_is_one_screen_and_exit_code_2(align, started):
     assert "bad.yaml:5: `learnin_rate` is no key of `sft` (value `1`)" in err
     assert "did you mean `trainer.learning_rate`?" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("flags", [(), ("--allow-code",), ("--allow_code",)])
+def test_code_from_files_is_allowed_by_a_flag_of_this_command_alone(align, monkeypatch, flags):
+    monkeypatch.setenv(ALLOW_CODE, "0")  # so that it is put back afterwards
+    seen = []
+    for name in ("align.runs.run_stage", "align.pipeline.run_pipeline"):
+        monkeypatch.setattr(name, lambda *_, **__: seen.append(os.environ[ALLOW_CODE]))
+    Path("f.py").write_text("def f(completions, **_): return [1.0] * len(completions)")
+    Path("p.yaml").write_text(
+        "stage: ppo\noutput_dir: runs/p\nmodel: {model_name_or_path: org/base}\n"
+        "data: {dataset_name: org/rows}\nscorer: {reward_funcs: {'f.py:f': 1.0}}\n"
+    )
+    assert align("ppo", "--recipe", "p.yaml", *flags)[0] == 0
+    assert seen == ["1" if flags else "0"]
+    monkeypatch.setenv(ALLOW_CODE, "0")
+    assert align("run", "tiny/pipeline", *flags)[0] == 0
+    assert seen == ["1" if flags else "0"] * 2
+
+
+def test_other_stages_run_no_code_from_files(align, started):
+    assert align("sft", "--recipe", "r.yaml", "--allow-code")[0] == 2
+    assert started == []
 
 
 def test_many_problems_still_fit_a_screen(align):

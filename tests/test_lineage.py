@@ -20,6 +20,7 @@ from align.lineage import (
     leaves,
 )
 from align.stages import STAGES
+from align.standing import check_inputs
 
 
 @pytest.fixture
@@ -177,6 +178,29 @@ def test_hub_ids_count_with_their_revision(place: Path) -> None:
 
     found = {hub("org/a", "main"), hub("org/b", "main"), hub("org/a", "v2"), hub("org/a", "main")}
     assert len(found) == 3
+
+
+def test_the_file_of_a_reward_function_counts_by_content_and_not_by_path(place: Path) -> None:
+    def scored(*names: str) -> str:
+        return fingerprint(config("ppo", place, "scorer.reward_funcs", dict.fromkeys(names, 1.0)))
+
+    file = place / "mine.py"
+    file.write_text("def f(completions, **_): return [1.0] * len(completions)")
+    before = scored(f"{file}:f")
+    assert scored(f"{file}:g") != before
+    assert scored(f"{file}:f", "contains") != before
+    assert before == scored(f"{file}:f")
+    other = config("ppo", place, "scorer.reward_funcs", {f"{file}:f": 2.0})
+    assert fingerprint(other) != before
+    moved = place / "moved.py"
+    file.rename(moved)
+    assert scored(f"{moved}:f") == before
+    facts = identify(config("ppo", place, "scorer.reward_funcs", {f"{moved}:f": 1.0})).inputs
+    assert facts["scorer.reward_funcs[0]"]["kind"] == "code"
+    moved.write_text(moved.read_text().replace("1.0", "2.0"))
+    assert scored(f"{moved}:f") != before
+    with pytest.raises(AlignError, match="no such file"):
+        check_inputs(identify(config("ppo", place, "scorer.reward_funcs", {f"{file}:f": 1.0})))
 
 
 def test_a_mixture_counts_by_content_and_weight(place: Path) -> None:

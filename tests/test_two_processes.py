@@ -151,6 +151,20 @@ def test_two_processes_make_the_rollouts_and_updates_of_one(llama, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_reward_function_that_fails_in_one_process_ends_both(llama, tmp_path):
+    """The other one would wait for its scores until a timeout; `--allow-code` reaches both."""
+    path = recipe(tmp_path, llama, "ppo", batch=2)
+    failing = "\n    import os\n    if os.environ['RANK'] == '1':\n        raise OSError('no connection')\n"
+    head, body = REWARD.split(":\n", 1)
+    (tmp_path / "reward.py").write_text(f"{head}:{failing}{body}")
+    command = [sys.executable, "cli.py", "ppo", "--allow-code", "--num-processes", "2", "--recipe"]
+    done = start([*command, str(path)])
+    assert done.returncode == 2, done.stderr
+    assert "raised OSError: no connection" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_one_process_where_two_were_asked_for_is_an_error(llama, tmp_path):
     path = recipe(tmp_path, llama, "sft", batch=2)
     # accelerate's --cpu starts a single process whatever number it is given, and says nothing.

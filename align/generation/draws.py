@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from align.errors import fail
 
-
 BLOCK = 256
 """Tokens whose probabilities are added up first: only one block's running sum is needed."""
 

@@ -68,16 +68,26 @@ class QuickLinear(LoraLinear):  # type: ignore[misc]
         odd = name in self.lora_variant or self.lora_bias[name] or self.fan_in_fan_out
         if odd or not silent or any(weight.requires_grad for weight in base.parameters()):
             return None
-        types = {x.dtype, base.weight.dtype, self.lora_A[name].weight.dtype}
-        types.add(self.lora_B[name].weight.dtype)
+        parts = (base, self.lora_A[name], self.lora_B[name])
+        if not all(_is_bare(part) for part in parts):
+            return None
+        types = {x.dtype, *(part.weight.dtype for part in parts)}
         return None if len(types) > 1 or torch.is_autocast_enabled(x.device.type) else name
+
+
+def _is_bare(part: nn.Module) -> bool:
+    """Whether a weight may be read without calling its module: sharding (FSDP, ZeRO-3) wraps or hooks modules to
+    bring their weights together."""
+    hooked = part._forward_pre_hooks or part._forward_hooks
+    return type(part) is nn.Linear and not hooked
 
 
 def quicken(model: PeftModel) -> int:
     """Give plain LoRA layers over linear layers the quick forward pass; returns how many got it.
 
     At each call PEFT's own forward is used where more or less than one plain adapter is at work, where types
-    differ (autocast), where the base is trained, and with dropout and DoRA. Quantized layers keep PEFT's own.
+    differ (autocast), where the base is trained or a part is hooked (sharding), and with dropout and DoRA. Quantized
+    layers keep PEFT's own.
     """
     count = 0
     for module in model.modules():

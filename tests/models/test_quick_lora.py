@@ -154,6 +154,40 @@ def test_autocast_is_peft_s(calls):
     assert not calls
 
 
+@pytest.mark.parametrize("part", ["lora_A.default", "lora_B.default", "base_layer"])
+@pytest.mark.parametrize("hook", ["register_forward_pre_hook", "register_forward_hook"])
+def test_hooked_parts_are_called(calls, part, hook):
+    """ZeRO-3 brings a weight together in such a hook; read without it, it would be empty."""
+    _, quick = pair()
+    seen = []
+    layer = next(module for module in quick.modules() if isinstance(module, LoraLinear))
+    getattr(layer.get_submodule(part), hook)(lambda *given: seen.append(1))
+    quick(torch.randn(3, 6))
+    assert seen == [1]
+    assert len(calls) == 1
+
+
+def test_wrapped_parts_are_called(calls):
+    """FSDP wraps the adapter's layers in modules of its own."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            self.weight = nn.Parameter(torch.zeros(0))  # a shard
+
+        def forward(self, x):
+            return self.inner(x)
+
+    slow, quick = pair()
+    for module in quick.modules():
+        if isinstance(module, LoraLinear):
+            module.lora_A["default"] = Wrapped(module.lora_A["default"])
+    x = torch.randn(3, 6)
+    assert_close(quick(x), slow(x), rtol=0, atol=0)
+    assert not calls
+
+
 def test_dropout_that_is_off_is_quick_again(calls):
     slow, quick = pair(lora_dropout=0.5)
     x = torch.randn(3, 6)

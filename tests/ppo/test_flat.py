@@ -150,16 +150,17 @@ def with_adapters():
 
 
 @pytest.mark.parametrize("role", ["policy", "value"])
-def test_gradient_checkpointing_gives_the_same_gradients(role):
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_gradient_checkpointing_gives_the_same_gradients(role, name):
     """The recomputed layers must see the same adapter and the same attention."""
     flat = flatten(PROMPTS, COMPLETIONS, CPU)
     found = []
     for recompute in (False, True):
         roles = with_adapters()
         if recompute:
-            roles.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            enable = getattr(roles, f"{name}_enable")
+            enable(**{f"{name}_kwargs": {"use_reentrant": False}}, every_n_layers=1)
+            assert roles.policy.base_model.model.is_activation_checkpointing
         roles.train()
         with roles.playing(role) as model, segments_attended(model):
             hidden_states(model, flat).square().sum().backward()

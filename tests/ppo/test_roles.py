@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from ppo_runs import merged, ppo_config
@@ -413,6 +414,34 @@ def test_what_cannot_be_folded_is_not(cast):
     assert not cast(lora={"use_dora": True})[1].can_merge()
     assert not cast(lora={"use_peft": False})[1].can_merge()
     assert not cast(model={"dtype": "bfloat16"})[1].can_merge()
+
+
+def test_folding_that_is_asked_for_and_impossible_is_refused_before_anything_is_drawn(
+    cast, sft_adapter
+):
+    """What the recipe does not show: the adapter that is gone on with is DoRA, or sits on a tied head."""
+    folded = {"generation": {"fold_adapter": True}}
+    model = {"adapter_name_or_path": str(sft_adapter(use_dora=True)), "adapter_mode": "continue"}
+    assert cast(model=model)[1].unmergeable is not None
+    with pytest.raises(AlignError, match=r"fold_adapter: true.*DoRA") as error:
+        cast(model=model, **folded)
+    assert "leave fold_adapter out" in str(error.value)
+    tied = {"lora_target_modules": ["q_proj", "lm_head"]}
+    assert not cast(lora=tied)[1].can_merge()
+    with pytest.raises(AlignError, match="output head that is the input embedding"):
+        cast(lora=tied, **folded)
+    assert cast(model={"dtype": "bfloat16"}, **folded)[1].unmergeable is None
+    assert cast(lora={"use_peft": False}, **folded)[1].unmergeable is None
+
+
+def test_quantized_weights_cannot_be_folded_into(cast):
+    _, roles = cast()
+    layer = next(layer for layer in roles.policy.modules() if isinstance(layer, LoraLayer))
+    layer.get_base_layer().weight = torch.nn.Parameter(
+        torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False
+    )
+    assert roles.unmergeable == "the weights under it are quantized"
+    assert not roles.can_merge()
 
 
 # --- prompts ---------------------------------------------------------------------------------

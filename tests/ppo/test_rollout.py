@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from ppo_runs import ppo_config
 from torch.testing import assert_close
 
-from align.errors import AlignError
+from align.errors import AlignError, Problem
 from align.generation.answers import Prompt
 from align.generation.scoring import token_logprobs
 from align.models.tokenizer import load_tokenizer
+from align.ppo import rollout
 from align.ppo.casting import cast_roles
 from align.ppo.experience import Episode, Experience, load_experience, rows_of
-from align.ppo.rollout import Collector, prompt_places, summary, update_plan
+from align.ppo.rollout import Collector, gathered_from, prompt_places, summary, update_plan
 
 T = torch.tensor
 
@@ -79,8 +80,9 @@ def test_a_plan_is_a_partition_into_equal_parts(shape, by_length):
     assert sorted(places) == list(range(len(lengths)))
     if by_length:
         for mini in plan:
-            found = [lengths[place] for share in mini for part in share for place in part]
-            assert found == sorted(found)
+            shares = [[lengths[place] for part in share for place in part] for share in mini]
+            dealt = [length for card in zip(*shares, strict=True) for length in card]
+            assert dealt == sorted(dealt)
 
 
 @pytest.mark.parametrize("by_length", [False, True])
@@ -101,6 +103,67 @@ def test_minibatches_do_not_depend_on_the_number_of_processes(by_length):
     assert minibatches(1, 4) == minibatches(2, 2) == minibatches(4, 1)
     assert minibatches(1, 4) != minibatches(1, 4, seed=(1, 0, 1))
     assert minibatches(1, 4) != minibatches(1, 4, seed=(1, 1, 0))
+
+
+def test_processes_get_like_loads_where_minibatches_are_sorted_by_length():
+    """In blocks the last of four processes would get all the long answers; every micro-batch waits for the slowest."""
+    lengths = list(range(1, 65))
+    (mini,) = update_plan(
+        lengths, minibatches=1, processes=4, micro_batch=4, seed=(1, 0, 0), by_length=True
+    )
+    loads = [[sum(lengths[place] for place in part) for part in share] for share in mini]
+    for micro in zip(*loads, strict=True):
+        assert max(micro) - min(micro) <= 3 * 4
+    spread = [max(part) - min(part) for share in mini for part in share]
+    assert max(spread) <= 3 * 4
+
+
+# --- what one process cannot do -----------------------------------------------------------------
+
+
+class World:
+    """`gather_object` as one of two processes sees it, while the other one's items are given."""
+
+    def __init__(self, monkeypatch, *others) -> None:
+        self.others, self.told = list(others), []
+        monkeypatch.setattr(rollout, "world_size", lambda: 2)
+        monkeypatch.setattr(rollout, "gather_object", self.gather)
+
+    def gather(self, items):
+        self.told.append(items)
+        return [*items, *self.others.pop(0)]
+
+
+def test_items_are_gathered_where_nothing_fails(monkeypatch):
+    World(monkeypatch, [()], [3.0])
+    assert gathered_from(lambda: [1.0, 2.0]) == [1.0, 2.0, 3.0]
+
+
+def test_a_process_that_fails_tells_the_others_and_raises_its_own_error(monkeypatch):
+    def refuse():
+        raise AlignError(Problem("raised OSError", "reward function `mine`"))
+
+    world = World(monkeypatch, [()])
+    with pytest.raises(AlignError, match="reward function `mine`: raised OSError"):
+        gathered_from(refuse)
+    assert world.told == [[(Problem("raised OSError", "reward function `mine`"),)]]
+
+    def crash():
+        raise ZeroDivisionError("by zero")
+
+    world = World(monkeypatch, [()])
+    with pytest.raises(ZeroDivisionError):
+        gathered_from(crash)
+    assert "ZeroDivisionError: by zero" in world.told[0][0][0].message
+
+
+def test_the_others_raise_what_they_were_told_and_wait_for_nothing_more(monkeypatch):
+    problem = Problem("raised OSError", "reward function `mine`")
+    world = World(monkeypatch, [(problem,)])
+    with pytest.raises(AlignError) as error:
+        gathered_from(lambda: [1.0])
+    assert error.value.problems == (problem,)
+    assert len(world.told) == 1
 
 
 # --- experience ------------------------------------------------------------------------------

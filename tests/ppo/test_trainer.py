@@ -9,6 +9,7 @@ from ppo_runs import figures, lines, make_trainer, merged, ppo_config, same, tra
 from torch.testing import assert_close
 
 from align.errors import AlignError
+from align.ppo.alarms import Alarm
 from align.ppo.trainer import total_steps
 from align.training.fitting import fit
 
@@ -240,6 +241,23 @@ def test_samples_are_written_every_so_many_rollouts(config):
     assert all(row["kl"] == 0.0 for row in rows[:8])
 
 
+def test_answers_with_line_separators_stay_one_line_of_samples(config):
+    """JSON leaves U+2028 and U+0085 in a text as they are, and `str.splitlines` would split there."""
+    trainer = make_trainer(config(trainer={"max_steps": 4}))
+    draw = trainer.collector.draw
+
+    def drawn(*given):
+        found = draw(*given)
+        for episode in found:
+            episode.text = "a\u2028b\x85c"
+        return found
+
+    trainer.collector.draw = drawn
+    fit(trainer, trainer.folder)
+    rows = (trainer.folder.path / "samples.jsonl").read_text().split("\n")[:-1]
+    assert [json.loads(row)["rollout"] for row in rows] == [0] * 8 + [1] * 8
+
+
 def test_what_is_logged_and_noted(config):
     trainer = trained(config())
     trainer.close()
@@ -276,9 +294,68 @@ def test_an_alarm_that_may_stop_keeps_the_last_good_policy(config):
     noted = json.loads((trainer.folder.path / "summary.json").read_text())
     assert noted["stopped_by"] == "kl"
     assert noted["alarms"]["kl"] == 1
-    (said,) = [line for line in lines(trainer.folder.path) if "alarm" in line]
-    assert said["alarm"] == "kl"
-    assert "kl_coef" in said["remedy"]
+    assert noted["kept_policy"] == "of rollout 0"
+    said = {line["alarm"]: line for line in lines(trainer.folder.path) if "alarm" in line}
+    assert "kl_coef" in said["kl"]["remedy"]
+
+
+def ringing(monkeypatch, **rollouts: int) -> None:
+    """Each alarm rings from a rollout on."""
+
+    def alarms(history, _):
+        number = history[-1]["rollout"]
+        return [Alarm(name, "why", "way out") for name, at in rollouts.items() if number >= at]
+
+    monkeypatch.setattr("align.ppo.trainer.alarms", alarms)
+
+
+def test_a_standing_alarm_that_may_not_stop_keeps_no_policy_from_being_good(config, monkeypatch):
+    """The policy of the third rollout comes back, not the untouched one from before the first alarm."""
+    ringing(monkeypatch, critic=0, kl=3)
+    trainer = make_trainer(config(alarms={"stop_on": ["kl"]}, trainer={"max_steps": 12}))
+    seen = []
+    draw = trainer.collector.draw
+    trainer.collector.draw = lambda *given: (
+        seen.append(weights(trainer, ".default.")) or draw(*given)
+    )
+    fit(trainer, trainer.folder)
+    trainer.close()
+    assert len(seen) == 4
+    assert same(weights(trainer, ".default."), seen[2])
+    assert not same(seen[2], seen[3])
+    noted = json.loads((trainer.folder.path / "summary.json").read_text())
+    assert noted["kept_policy"] == "of rollout 2"
+    assert noted["alarms"] == {"critic": 0, "kl": 3}
+
+
+def test_an_alarm_before_any_good_policy_is_said(config, monkeypatch):
+    ringing(monkeypatch, kl=0)
+    trainer = make_trainer(config(alarms={"stop_on": ["kl"]}))
+    before = weights(trainer, ".default.")
+    fit(trainer, trainer.folder)
+    trainer.close()
+    assert same(weights(trainer, ".default."), before)
+    noted = json.loads((trainer.folder.path / "summary.json").read_text())
+    assert noted["stopped_by"] == "kl"
+    assert noted["kept_policy"] == "the last one: none was there before the alarm"
+
+
+def test_the_good_policy_is_in_the_checkpoint(config, monkeypatch):
+    """A run that goes on from a checkpoint can still go back to a policy from before it."""
+    ringing(monkeypatch, kl=2)
+    more = {"alarms": {"stop_on": ["kl"]}, "trainer": {"max_steps": 12, "save_steps": 1}}
+    whole = trained(config(**more))
+    part = config(**more, output_dir=whole.config.output_dir + "-part")
+    first = make_trainer(part)
+    crash(first, "draw", 3)
+    with pytest.raises(Crash):
+        fit(first, first.folder)
+    second = trained(part)
+    for trainer in (whole, second):
+        trainer.close()
+    assert second.folder.attempt == 2
+    assert second.good_rollout == whole.good_rollout == 1
+    assert same(weights(whole), weights(second))
 
 
 def test_an_alarm_alone_stops_nothing(config):

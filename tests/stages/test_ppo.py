@@ -219,6 +219,7 @@ def test_prompts_beyond_the_context_are_refused_before_anything_is_drawn(llama, 
         ("generation.top_p=0.9", "log-probabilities know nothing of"),
         ("generation.top_k=5", "log-probabilities know nothing of"),
         ("lora.lora_dropout=0.1", "makes a ratio of probabilities noise"),
+        ("scorer.reward_funcs={none.py:f: 1.0}", "names no file"),
         ("generation.num_generations=3", "does not divide the 8 episodes"),
         ("trainer.eval_strategy=steps", "evaluates nothing in PPO"),
         ("scorer.reward_funcs={}", "is required"),
@@ -237,6 +238,39 @@ def test_settings_that_make_no_sense_are_refused_with_the_recipe(llama, tmp_path
     with pytest.raises(AlignError) as error:
         load_stage(path)
     assert message in " ".join(str(error.value).split())
+
+
+def test_a_recipe_cannot_allow_code(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("stage: ppo\nallow_code: true\nscorer: {allow_code: true}\n")
+    with pytest.raises(AlignError) as error:
+        load_stage(path)
+    assert "`allow_code` is no key of `ppo`" in str(error.value)
+    assert "`scorer.allow_code` is no key" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "other"),
+    [
+        ({"lora": {"use_dora": True}}, "lora.use_dora"),
+        ({"model": {"load_in_4bit": True}}, "model.load_in_4bit"),
+        ({"model": {"load_in_8bit": True}}, "model.load_in_8bit"),
+    ],
+)
+def test_an_adapter_that_is_no_sum_is_not_folded(llama, tmp_path, more, other):
+    config = ppo_config(llama, tmp_path, **more, generation={"fold_adapter": True})
+    recipe = config.model_dump(mode="json", exclude_unset=True)
+    recipe["scorer"] = {"reward_funcs": {"contains": 1.0}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"stage": "ppo", **recipe}))
+    with pytest.raises(AlignError) as error:
+        load_stage(path)
+    (problem,) = error.value.problems
+    assert "`generation.fold_adapter`" in problem.message
+    assert f"`{other}`" in problem.message
+    del recipe["generation"]["fold_adapter"]
+    path.write_text(yaml.safe_dump({"stage": "ppo", **recipe}))
+    assert load_stage(path).config.generation.fold_adapter is None
 
 
 KILLS = ["drawing 1", "drawing 3", "looking 3", "update 7", "update 14", "saving 2", "saved 3"]
