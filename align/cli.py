@@ -136,6 +136,7 @@ def build(words: Sequence[str]) -> typer.Typer:
         app.command(kind, help=summary, rich_help_panel="Stages")(command)
     app.command("run", rich_help_panel="Pipeline")(run)
     app.command("status", rich_help_panel="Pipeline")(status)
+    app.command("merge", rich_help_panel="Models")(merge)
     app.command("show", rich_help_panel="Recipes")(show)
     app.command("validate", rich_help_panel="Recipes")(validate)
     app.command("inspect", rich_help_panel="Recipes")(inspect_rows)
@@ -355,6 +356,42 @@ def status(
         if len(found) > 1:
             say(name, style="bold", results=True)
         show_status(group)
+
+
+# --- models ---------------------------------------------------------------------------------
+
+
+def merge(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run folder, adapter or Hub id.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    dtype: Annotated[
+        str, typer.Option(help="Type of the saved weights: bfloat16, float16 or float32.")
+    ] = "bfloat16",
+    data: Annotated[
+        str | None, typer.Option(help="Text of the proof: file or card; the run's rows if unset.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of --data.")] = "train",
+    max_kl: Annotated[
+        float, typer.Option("--max-kl", help="Highest mean KL to the adapter, nats per token.")
+    ] = 1e-3,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its base, and prove that the result answers as it did."""
+    from typing import get_args
+
+    _make_ready()
+    from align.models.merging import Dtype, merge
+    from align.views import print_merge
+
+    if dtype not in get_args(Dtype):
+        fail(f"no such type: {dtype}", where="--dtype", hint=f"one of {', '.join(get_args(Dtype))}")
+    report = merge(source, output, dtype=dtype, data=data, split=split, max_kl=max_kl)  # type: ignore[arg-type]
+    if as_json:
+        print_json(report)
+    else:
+        print_merge(str(output), report)
 
 
 # --- recipes --------------------------------------------------------------------------------

@@ -43,7 +43,12 @@ def probe(folder: Path, *argv: str) -> tuple[str, int, list[str], bool]:
 HELP = [
     [],
     *([kind] for kind in STAGES),
-    *([name] for name in ("run", "status", "show", "validate", "inspect", "schema", "recipes")),
+    *(
+        [name]
+        for name in (
+            *("run", "status", "merge", "show", "validate", "inspect", "schema", "recipes"),
+        )
+    ),
     *(["recipes", name] for name in ("list", "show", "copy", "convert")),
 ]
 
