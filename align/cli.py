@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from align import model_commands
 from align.answers import answer, crash, print_json, problems_json
 from align.errors import AlignError, Problem, fail
 from align.stages import STAGES
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             gc.freeze()
 
 
-def _make_ready() -> None:
+def make_ready() -> None:
     """Before the heavy libraries: what they tell developers (deprecations, missing kernels) is no
     news to a user."""
     import logging
@@ -136,7 +137,8 @@ def build(words: Sequence[str]) -> typer.Typer:
         app.command(kind, help=summary, rich_help_panel="Stages")(command)
     app.command("run", rich_help_panel="Pipeline")(run)
     app.command("status", rich_help_panel="Pipeline")(status)
-    app.command("merge", rich_help_panel="Models")(merge)
+    for name, action in model_commands.COMMANDS.items():
+        app.command(name, rich_help_panel="Models")(action)
     app.command("show", rich_help_panel="Recipes")(show)
     app.command("validate", rich_help_panel="Recipes")(validate)
     app.command("inspect", rich_help_panel="Recipes")(inspect_rows)
@@ -279,7 +281,7 @@ def _run_stage_command(
     if needs_launch(loaded.config.launch):
         raise typer.Exit(relaunch(words, loaded.config.launch))
     _tell(loaded)
-    _make_ready()
+    make_ready()
     folder = run_stage(loaded.config, quiet=as_json)
     if as_json:
         results = folder / "artifact" / "results.json"
@@ -319,7 +321,7 @@ def run(
         _show_states(loaded, until, force or [])
         return
     _tell(loaded)
-    _make_ready()
+    make_ready()
     run_pipeline(loaded, until=until, force=force or [])
 
 
@@ -356,42 +358,6 @@ def status(
         if len(found) > 1:
             say(name, style="bold", results=True)
         show_status(group)
-
-
-# --- models ---------------------------------------------------------------------------------
-
-
-def merge(
-    source: Annotated[
-        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run folder, adapter or Hub id.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    dtype: Annotated[
-        str, typer.Option(help="Type of the saved weights: bfloat16, float16 or float32.")
-    ] = "bfloat16",
-    data: Annotated[
-        str | None, typer.Option(help="Text of the proof: file or card; the run's rows if unset.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of --data.")] = "train",
-    max_kl: Annotated[
-        float, typer.Option("--max-kl", help="Highest mean KL to the adapter, nats per token.")
-    ] = 1e-3,
-    as_json: Json = False,
-) -> None:
-    """Merge an adapter into its base, and prove that the result answers as it did."""
-    from typing import get_args
-
-    _make_ready()
-    from align.models.merging import Dtype, merge
-    from align.views import print_merge
-
-    if dtype not in get_args(Dtype):
-        fail(f"no such type: {dtype}", where="--dtype", hint=f"one of {', '.join(get_args(Dtype))}")
-    report = merge(source, output, dtype=dtype, data=data, split=split, max_kl=max_kl)  # type: ignore[arg-type]
-    if as_json:
-        print_json(report)
-    else:
-        print_merge(str(output), report)
 
 
 # --- recipes --------------------------------------------------------------------------------
@@ -474,7 +440,7 @@ def inspect_rows(
 
     loaded, config = to_inspect(recipe, sets, with_stages, stage)
     _tell(loaded)
-    _make_ready()
+    make_ready()
     from align.data.inspection import inspect_stage
 
     inspect_stage(config, rows=rows, as_json=as_json)

@@ -45,10 +45,9 @@ HELP = [
     *([kind] for kind in STAGES),
     *(
         [name]
-        for name in (
-            *("run", "status", "merge", "show", "validate", "inspect", "schema", "recipes"),
-        )
+        for name in ("run", "status", "merge", "push", "show", "validate", "inspect", "schema")
     ),
+    ["recipes"],
     *(["recipes", name] for name in ("list", "show", "copy", "convert")),
 ]
 
