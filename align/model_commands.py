@@ -1,4 +1,4 @@
-"""The commands around a finished model: merge and push. As light as `cli.py` until they work."""
+"""The commands around finished runs: runs, merge, push. As light as `cli.py` until they work."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,5 +89,29 @@ def push(
     )
 
 
-COMMANDS: dict[str, Any] = {"merge": merge, "push": push}
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List the runs below a folder: state, stage, size, time, key metrics."""
+    from align.status import runs_below
+
+    if not folder.is_dir():
+        fail("there is no such folder", where=str(folder), hint="name one, as in `align runs runs`")
+    found = runs_below(folder)
+    if as_json:
+        print_json({"runs": [run.as_json() for run in found]})
+        return
+    if not found:
+        fail(
+            "no run lies below this folder",
+            where=str(folder),
+            hint="`align run PIPELINE` makes one",
+        )
+    from align.report.tables import show_status
+
+    show_status(found, runs=True)
+
+
+COMMANDS: dict[str, Any] = {"runs": runs, "merge": merge, "push": push}
 """Name -> what it does."""

@@ -45,7 +45,17 @@ HELP = [
     *([kind] for kind in STAGES),
     *(
         [name]
-        for name in ("run", "status", "merge", "push", "show", "validate", "inspect", "schema")
+        for name in (
+            "run",
+            "status",
+            "runs",
+            "merge",
+            "push",
+            "show",
+            "validate",
+            "inspect",
+            "schema",
+        )
     ),
     ["recipes"],
     *(["recipes", name] for name in ("list", "show", "copy", "convert")),
