@@ -97,9 +97,12 @@ def public_base(run: RunFacts, base_model_id: str | None, *, adapter: bool) -> B
         _check_id(name, "--base-model-id")
         return Base(name, revision or None)
     if run.base is not None and not is_local(run.base):
+        _check_id(run.base, "adapter_config.json:", owner=False)
         return Base(run.base, run.base_revision)
     if not adapter:
         named = [name for name in run.roots if not is_local(name)]
+        for name in named[:1]:
+            _check_id(name, "recipe.yaml:", owner=False)
         return Base(named[0], None) if named else None
     if run.base is not None:
         fail(
@@ -111,7 +114,7 @@ def public_base(run: RunFacts, base_model_id: str | None, *, adapter: bool) -> B
     return None
 
 
-def _check_id(name: str, where: str) -> None:
+def _check_id(name: str, where: str, *, owner: bool = True) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
@@ -119,7 +122,7 @@ def _check_id(name: str, where: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         fail(f"is no id of the Hub: {str(error).splitlines()[0]}", where=f"{where} {name}")
-    if "/" not in name:
+    if owner and "/" not in name:
         fail("names no owner", where=f"{where} {name}", hint="as in `my-org/my-model`")
 
 
@@ -196,7 +199,7 @@ def check_private(folder: Path, run: RunFacts) -> None:
     from huggingface_hub import get_token
 
     token, problems = get_token(), []
-    places = {str(run.folder), str(Path.home()), str(Path.cwd())} - {"/"}
+    places = {f"{place}/" for place in (run.folder.parent, Path.home()) if place != Path("/")}
     for file in sorted(folder.iterdir()):
         if file.suffix == ".safetensors":
             continue

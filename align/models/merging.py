@@ -128,11 +128,13 @@ def _merge_into(
         model = load_policy(section)
         assert isinstance(model, PeftModel)
         check_vocabulary(model, tokenizer)
-        model.float().eval().to(inference_device())
+        model = _placed(model)
         before = logits_of(model, texts.ids)
         generation = _generation(path, tokenizer)
         _save(model, folder, dtype, generation, tokenizer)
         del model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         after = _saved_logits(folder, texts.ids)
     proof = compare(before, after)
     report = {
@@ -330,7 +332,15 @@ def _trained_quantized(
 
 def _saved_logits(folder: Path, texts: Sequence[Sequence[int]]) -> Logits:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    return logits_of(model.to(inference_device()), texts)
+    return logits_of(_placed(model), texts)
+
+
+def _placed(model: Any) -> Any:
+    """The model in float32 on the GPU, or on the CPU where it does not fit."""
+    device, size = inference_device(), 4 * sum(weight.numel() for weight in model.parameters())
+    if device.type == "cuda" and size > 0.8 * torch.cuda.mem_get_info(device)[0]:
+        device = torch.device("cpu")
+    return model.float().eval().to(device)
 
 
 # --- files ----------------------------------------------------------------------------------

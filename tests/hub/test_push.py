@@ -106,6 +106,7 @@ def test_a_failure_says_what_happened_and_the_same_command_goes_on(hub, base, ru
     assert "pushed:" not in out
     assert CANARY not in out + err
     assert "Signature" not in out + err
+    assert not leaks(run.parent)
     assert file_digests(run) == before
     hub.faults.clear()
     assert push(run, *words) == 0
@@ -140,6 +141,19 @@ def test_an_upload_that_arrives_damaged_is_no_success(hub, base, run, capfd):
     hub.corrupt = True
     assert push(run, "--base-model-id", base) == 1
     assert "another content after the upload" in " ".join(capfd.readouterr().err.split())
+
+
+def test_the_xet_way_fails_aloud_too(hub, base, run, capfd, monkeypatch):
+    """This Hub has no Xet store; with hf_xet installed the client asks for it."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    assert push(run, "--base-model-id", base) == 1
+    out, err = capfd.readouterr()
+    assert "nothing is lost" in err
+    assert CANARY not in out + err
+    assert own(hub) == {}
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    assert push(run, "--base-model-id", base) == 0
 
 
 def test_branch_pull_request_and_collection(hub, base, run, capfd):
@@ -240,6 +254,43 @@ def test_a_secret_in_a_file_is_not_sent(hub, base, run, capfd):
     assert push(run, "--base-model-id", base) == 2
     assert "access token" in capfd.readouterr().err
     assert "me/model" not in hub.repos
+
+
+def test_merged_weights_are_merged_once(hub, run, monkeypatch):
+    from align.models import merging
+
+    hub.faults.append(Fault("/commit/", 500))
+    assert push(run, "--merged") == 1
+    monkeypatch.setattr(merging, "merge", None)
+    assert push(run, "--merged") == 0
+    sent = set(own(hub))
+    assert {"model.safetensors", "config.json", "merge_report.json", "README.md"} < sent
+    assert "adapter_config.json" not in sent
+
+
+def test_a_model_made_of_llama_is_named_and_labelled_so(hub, run, llama, capfd):
+    name = "meta-llama/Llama-3.1-8B"
+    HfApi().create_repo(name)
+    HfApi().upload_folder(repo_id=name, folder_path=llama)
+    words = ("--base-model-id", name, "--public")
+    assert push(run, *words) == 2
+    assert "me/Llama-model" in capfd.readouterr().err
+    assert push(run, *words, repo="me/Llama-3.1-model") == 0
+    sent = own(hub, "me/Llama-3.1-model")
+    assert not hub.repos["me/Llama-3.1-model"].private
+    assert sent["NOTICE"].startswith(b"Llama 3.1 is licensed under")
+    assert b"**Built with Llama**" in sent["README.md"]
+
+
+def test_a_licence_that_lies_with_the_base_goes_along(run, tmp_path):
+    from align.hub.facts import read_run
+    from align.hub.files import licence_files
+
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "LICENSE").write_text("the agreement")
+    found = licence_files(replace(read_run(run), base=str(base)))
+    assert found == {"LICENSE": "the agreement"}
 
 
 def outside(hub, home: Path) -> dict[str, str]:

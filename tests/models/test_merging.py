@@ -109,6 +109,17 @@ def test_nothing_is_overwritten(adapter, rows, tmp_path):
     assert kept.read_text() == "mine"
 
 
+def test_what_a_killed_merge_left_is_no_part_of_the_next(adapter, rows, tmp_path):
+    stale = tmp_path / ".merged.merging"
+    stale.mkdir()
+    (stale / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    merge(str(adapter), tmp_path / "merged", data=rows)
+    assert not stale.exists()
+    assert [file.name for file in (tmp_path / "merged").glob("*.safetensors")] == [
+        "model.safetensors"
+    ]
+
+
 def test_a_foreign_base_is_refused(adapter, make_llama, rows, tmp_path):
     config = adapter / "adapter_config.json"
     other = {"base_model_name_or_path": str(make_llama(9))}
