@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from align import model_commands
 from align.answers import answer, crash, print_json, problems_json
 from align.errors import AlignError, Problem, fail
 from align.stages import STAGES
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             gc.freeze()
 
 
-def _make_ready() -> None:
+def make_ready() -> None:
     """Before the heavy libraries: what they tell developers (deprecations, missing kernels) is no
     news to a user."""
     import logging
@@ -139,6 +140,8 @@ def build(words: Sequence[str]) -> typer.Typer:
         app.command(kind, help=summary, rich_help_panel="Stages")(command)
     app.command("run", rich_help_panel="Pipeline")(run)
     app.command("status", rich_help_panel="Pipeline")(status)
+    for name, action in model_commands.COMMANDS.items():
+        app.command(name, rich_help_panel="Models")(action)
     app.command("show", rich_help_panel="Recipes")(show)
     app.command("validate", rich_help_panel="Recipes")(validate)
     app.command("inspect", rich_help_panel="Recipes")(inspect_rows)
@@ -293,7 +296,7 @@ def _run_stage_command(
     if needs_launch(loaded.config.launch):
         raise typer.Exit(relaunch(words, loaded.config.launch))
     _tell(loaded)
-    _make_ready()
+    make_ready()
     folder = run_stage(loaded.config, quiet=as_json)
     if as_json:
         results = folder / "artifact" / "results.json"
@@ -336,7 +339,7 @@ def run(
     if allow_code:
         _allow_code()
     _tell(loaded)
-    _make_ready()
+    make_ready()
     run_pipeline(loaded, until=until, force=force or [])
 
 
@@ -455,7 +458,7 @@ def inspect_rows(
 
     loaded, config = to_inspect(recipe, sets, with_stages, stage)
     _tell(loaded)
-    _make_ready()
+    make_ready()
     from align.data.inspection import inspect_stage
 
     inspect_stage(config, rows=rows, as_json=as_json)

@@ -69,7 +69,10 @@ ROOMS = {
 }
 """Packages whose code decides a stage's result; a stage not named here depends on all of them."""
 
-NOT_IN_CODE = ("training/callbacks.py", "training/checkpoints.py", "tiny/pretrain.py")
+NOT_IN_CODE = (
+    *("training/callbacks.py", "training/checkpoints.py", "tiny/pretrain.py"),
+    "models/merging.py",
+)
 """Files of those packages that watch, save or prepare, and change no result."""
 
 LIBRARIES = ("torch", "transformers", "trl", "peft")

@@ -1,6 +1,8 @@
 """Where a pipeline or a run stands: states, sizes on disk, key metrics. Writes nothing."""
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -199,4 +201,47 @@ def run_status(folder: Path) -> StageStatus:
         size=folder_size(output) + folder_size(partial),
         step=_last_step(home) if home == partial else None,
         summary=read_json(home / "summary.json") or {},
+    )
+
+
+PARTIAL = re.compile(r"\.partial(-\w+)*$")
+"""How the folder of an unfinished run ends; one that another recipe set aside has a mark."""
+
+
+def runs_below(root: Path) -> list[StageStatus]:
+    """Every run below a folder, whatever pipeline it is of, by path. Hidden folders are left out.
+
+    The names are the folders' paths from `root`. Nothing is hashed: a run is complete where all
+    its files have the sizes that it wrote down.
+    """
+    found = []
+    for folder, below, files in os.walk(root):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        if "lineage.json" in files:
+            below.clear()
+            found.append(_run_at(Path(folder), root))
+    return found
+
+
+def _run_at(folder: Path, root: Path) -> StageStatus:
+    lineage = read_json(folder / "lineage.json")
+    state: State = "partial"
+    reasons: tuple[str, ...] = ()
+    if not isinstance(lineage, dict):
+        lineage, state, reasons = {}, "damaged", ("lineage.json is no JSON",)
+    elif not PARTIAL.search(folder.name):
+        standing_there = standing(folder, Identity({}, lineage.get("parts", {})))
+        state = "complete" if standing_there.state == "unchanged" else "damaged"
+        reasons = standing_there.reasons
+    elif not folder.name.endswith(".partial"):
+        reasons = ("set aside for another recipe",)
+    return StageStatus(
+        folder.relative_to(root).as_posix(),
+        str(lineage.get("stage", "?")),
+        state,
+        str(folder.absolute()),
+        reasons=reasons,
+        size=folder_size(folder),
+        step=_last_step(folder) if state == "partial" else None,
+        summary=read_json(folder / "summary.json") or {},
     )

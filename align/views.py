@@ -70,3 +70,23 @@ def print_names() -> None:
         say(title, style="bold", results=True)
         for name in sorted(names):
             say(f"  {name}", results=True)
+
+
+def print_merge(output: str, report: Mapping[str, Any]) -> None:
+    """The proof of a merge in three lines."""
+    from align.report.terminal import say
+
+    text = report["text"]
+    say(f"{output}: merged in float32, saved in {report['dtype']}", results=True)
+    say(
+        f"  KL to the adapter {report['kl_mean']:.2e} nats per token (99% {report['kl_p99']:.2e}, "
+        f"max {report['kl_max']:.2e}; bound {report['max_kl']:g}), same best token in "
+        f"{report['greedy_agreement']:.2%} of {text['tokens']:,} positions ({text['texts']} texts, {text['rows']})",
+        results=True,
+    )
+    if quantized := report["trained_quantized"]:
+        say(
+            f"  KL to the quantized model it was trained as {quantized['kl_mean']:.2e}, same best "
+            f"token in {quantized['greedy_agreement']:.2%}: what 4 or 8 bits had cost",
+            results=True,
+        )

@@ -45,8 +45,20 @@ HELP = [
     *([kind] for kind in STAGES),
     *(
         [name]
-        for name in ("run", "status", "show", "validate", "inspect", "plan", "schema", "recipes")
+        for name in (
+            "run",
+            "status",
+            "runs",
+            "merge",
+            "push",
+            "show",
+            "validate",
+            "inspect",
+            "plan",
+            "schema",
+        )
     ),
+    ["recipes"],
     *(["recipes", name] for name in ("list", "show", "copy", "convert")),
 ]
 

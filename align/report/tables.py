@@ -52,10 +52,14 @@ def key_metrics(summary: Mapping[str, Any], most: int = 3) -> list[tuple[str, st
     return found[:most]
 
 
-def status_table(stages: Sequence[StageStatus]) -> Table:
-    """One row per stage: state, what it builds on, size, time and key metrics."""
+def status_table(stages: Sequence[StageStatus], *, runs: bool = False) -> Table:
+    """One row per stage: state, what it builds on, size, time and key metrics.
+
+    With `runs` the rows are runs of any pipeline, and have their kind in place of what they need.
+    """
     table = Table(box=box.SIMPLE, pad_edge=False)
-    for head in ("stage", "state", "from", "size", "time", "metrics"):
+    first, third = ("run", "stage") if runs else ("stage", "from")
+    for head in (first, "state", third, "size", "time", "metrics"):
         table.add_column(head, justify="right" if head in ("size", "time") else "left")
     for stage in stages:
         state = stage.state if stage.step is None else f"{stage.state} (step {stage.step})"
@@ -64,7 +68,7 @@ def status_table(stages: Sequence[StageStatus]) -> Table:
         cells = (
             stage.name,
             Text(state, style=COLOURS[stage.state]),
-            ", ".join(stage.needs),
+            stage.kind if runs else ", ".join(stage.needs),
             size(stage.size) if stage.size else "",
             duration(seconds) if seconds is not None else "",
             "; ".join(stage.reasons[:3]) or metrics,
@@ -73,9 +77,9 @@ def status_table(stages: Sequence[StageStatus]) -> Table:
     return table
 
 
-def show_status(stages: Sequence[StageStatus]) -> None:
+def show_status(stages: Sequence[StageStatus], *, runs: bool = False) -> None:
     """Print the table of states (an answer: to stdout)."""
-    console(results=True).print(status_table(stages))
+    console(results=True).print(status_table(stages, runs=runs))
 
 
 def table_rows(plan: Plan) -> list[Row]:

@@ -1,0 +1,1 @@
+"""The Hub: what may leave this machine, the model card, the upload."""
