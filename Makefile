@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test check bench seeds wheel clean
+.PHONY: setup demo test check bench bench-ppo seeds wheel clean
 
 setup: $(READY)
 
@@ -29,6 +29,11 @@ bench: $(READY)  # side by side with what align stands on; results in benchmarks
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/generation.py
 
+bench-ppo: $(READY)  # PPO against TRL 1.12, which gets an environment of its own
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 trl==1.12.0 peft
+	$(BIN)/python benchmarks/ppo.py --trl .venv-trl/bin/python
+
 seeds: $(READY)  # the quality claims: the tiny pipeline over three seeds (about 20 minutes)
 	$(BIN)/python benchmarks/seeds.py
 
@@ -36,4 +41,4 @@ wheel: $(READY)
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-trl build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

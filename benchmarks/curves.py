@@ -1,6 +1,6 @@
 """Curves of PPO runs as one picture: reward, KL, explained variance and length by rollout.
 
-    python benchmarks/curves.py --output docs/ppo-curves.png "value adapter=runs/a-0,runs/a-1" "value on the policy=runs/b-0"
+    python benchmarks/curves.py --output docs/ppo-curves.png "value adapter=RUN,RUN" "value on the policy=RUN,RUN"
 
 Each group is a name and run folders (one per seed): a thick line for their mean, thin ones for the runs.
 """
