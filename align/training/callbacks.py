@@ -183,11 +183,12 @@ class SignalCallback(TrainerCallback):  # type: ignore[misc]
 
     def _receive(self, number: int, _: Any) -> None:
         if self.received:
-            self._restore()
+            self.restore()
             os.kill(os.getpid(), number)
         self.received = number
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Put the handlers of before back; also where training ended in an exception, which calls no callback."""
         for number, handler in self.kept.items():
             signal.signal(number, handler)
         self.kept.clear()
@@ -209,14 +210,14 @@ class SignalCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         # Only a step's end sets should_training_stop for a signal, so all ranks come here together.
         if self.received and control.should_training_stop and state.global_step < state.max_steps:
-            self._restore()
+            self.restore()
             step = f"step {state.global_step} of {state.max_steps}"
             raise Stopped(self.received, f"the same command goes on from {step}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._restore()
+        self.restore()
         if self.received:  # in the last step: training is through and saved, the stage is not
             os.kill(os.getpid(), self.received)
 

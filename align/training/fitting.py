@@ -20,7 +20,7 @@ from align.models.loading import load_policy
 from align.models.quick_lora import quicken
 from align.models.tokenizer import end_of_turn_ids
 from align.runs import RunFolder
-from align.training.callbacks import training_callbacks
+from align.training.callbacks import SignalCallback, training_callbacks
 from align.training.checkpoints import newest_complete_checkpoint
 
 Model: TypeAlias = PreTrainedModel | PeftModel
@@ -34,10 +34,16 @@ def fit(trainer: Trainer, folder: RunFolder) -> dict[str, float]:
     """
     if isinstance(trainer.model, PeftModel):
         quicken(trainer.model)
-    for callback in training_callbacks(folder, trainer):
+    callbacks = training_callbacks(folder, trainer)
+    for callback in callbacks:
         trainer.add_callback(callback)
     checkpoint = newest_complete_checkpoint(folder.checkpoints)
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        for callback in callbacks:
+            if isinstance(callback, SignalCallback):
+                callback.restore()
     metrics = {key.removeprefix("train_"): value for key, value in result.metrics.items()}
     folder.note("loss", metrics.get("loss"))
     folder.note("steps", trainer.state.global_step)

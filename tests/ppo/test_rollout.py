@@ -344,6 +344,16 @@ def test_equal_first_scores_have_no_scale(started, scores):
     assert started(scores).reward_deviation == 1.0
 
 
+def test_a_reward_that_is_rare_at_first_is_capped_by_the_clip(started, estimated):
+    """One right answer in four hundred: every later one counts `reward_clip`, half an answer as much as a whole."""
+    made = started([0.0] * 399 + [1.0])
+    assert made.reward_deviation == pytest.approx(0.05)
+    e = experience([1.0, 0.6, 0.0, 1.0], [True] * 4)
+    found = estimated(e, mean=made.reward_mean, deviation=made.reward_deviation)
+    assert e.rewards.tolist() == pytest.approx([10.0, 10.0, -0.05, 10.0])
+    assert found["clipped_scores"] == 0.75
+
+
 # --- drawing ---------------------------------------------------------------------------------
 
 

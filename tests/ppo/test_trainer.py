@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -414,6 +415,17 @@ def crash(trainer, where: str, number: int):
         return found
 
     setattr(owner, where, failing)
+
+
+def test_a_run_that_fails_gives_the_signals_back(config):
+    """Its callback holds SIGTERM and Ctrl-C back until a step ends, which no step does any more."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    trainer = make_trainer(config())
+    crash(trainer, "training_step", 2)
+    with pytest.raises(Crash):
+        fit(trainer, trainer.folder)
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 CRASHES = [("training_step", 7), ("draw", 2), ("_look", 3), ("training_step", 17)]
