@@ -1,11 +1,13 @@
 """LoRA adapters: what is trained, how an artifact is saved, and how two adapters become one."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align.config.sections import LoraSection, ModelSection
@@ -138,8 +140,54 @@ def join_adapters(base: PreTrainedModel, first: str, second: str, folder: Path) 
     """
     model = PeftModel.from_pretrained(base, first, adapter_name="first")
     model.load_adapter(second, adapter_name="second")
-    model.add_weighted_adapter(
-        ["first", "second"], [1.0, 1.0], adapter_name="default", combination_type="cat"
-    )
+    if any(model.peft_config[name].target_parameters for name in ("first", "second")):
+        _add_joined(model)
+    else:
+        model.add_weighted_adapter(
+            ["first", "second"], [1.0, 1.0], adapter_name="default", combination_type="cat"
+        )
     model.save_pretrained(folder, selected_adapters=["default"], safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)
+
+
+def _add_joined(model: PeftModel) -> None:
+    """Add the adapter `default`, the sum of `first` and `second`, where experts are adapted too: PEFT joins linear
+    layers only. A layer with a smaller rank than the joined one has zeros in the rest."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    one, two = (model.peft_config[name] for name in ("first", "second"))
+    joined = deepcopy(two)
+    joined.r = max(sum(layer.r.get(name, 0) for name in ("first", "second")) for layer in layers)
+    joined.lora_alpha, joined.use_rslora = joined.r, False
+    joined.rank_pattern, joined.alpha_pattern = {}, {}
+    joined.target_modules = set(one.target_modules) | set(two.target_modules)
+    joined.target_parameters = {*(one.target_parameters or ()), *(two.target_parameters or ())}
+    model.add_adapter("default", joined)
+    for layer in layers:
+        if "default" in layer.lora_A:
+            with torch.no_grad():
+                _fill_joined(layer)
+
+
+def _fill_joined(layer: Any) -> None:
+    """Copy the factors of both adapters into those of `default`.
+
+    PEFT lays out a stack of E experts as A [E r, in] with the expert in front of the rank, and B [out, r E] with the
+    rank in front of the expert; a linear layer is E = 1.
+    """
+    experts = getattr(layer, "num_experts", 1)
+
+    def factors(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        return a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts)
+
+    a, b = factors("default")
+    a.zero_()
+    b.zero_()
+    start = 0
+    for name in ("first", "second"):
+        if name in layer.lora_A:
+            own_a, own_b = factors(name)
+            end = start + own_a.shape[1]
+            a[:, start:end] = own_a
+            b[:, start:end] = own_b * (layer.scaling[name] / layer.scaling["default"])
+            start = end

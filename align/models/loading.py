@@ -99,7 +99,19 @@ def _from_pretrained(loader: Any, path: str, arguments: dict[str, Any]) -> PreTr
         fail(f"cannot be loaded: {str(error).strip().splitlines()[0]}", where=path)
     finally:
         transformers_logging.set_verbosity(verbosity)
+    silence_routers(loaded)
     return loaded
+
+
+def silence_routers(model: Model) -> None:
+    """Let a model with experts give its routers' logits only where a call asks for them.
+
+    With `output_router_logits` in its config (which TRL sets for its load-balancing loss) transformers computes that
+    loss in every forward pass, and fails over a key-value cache with a mask.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
 
 
 def _attach(base: PreTrainedModel, adapter: str, base_path: str, *, trainable: bool) -> PeftModel:

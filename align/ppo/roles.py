@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
@@ -232,43 +232,48 @@ class Roles(nn.Module):  # type: ignore[misc]
         Decoding is bound by small matrix products, and an adapter adds two to each. Costs one copy of the adapted
         weights while it lasts.
         """
-        kept: list[tuple[Any, Tensor]] = []
+        kept: list[tuple[nn.Parameter, Tensor]] = []
         layers = self._adapted()
         before = [layer._disable_adapters for layer in layers]
         try:
             for layer in layers:
-                base = layer.get_base_layer()
-                kept.append((base, base.weight.data))
-                delta = layer.get_delta_weight(POLICY).to(base.weight.dtype)
-                base.weight.data = base.weight.data + delta
+                weight = _weight_under(layer)
+                kept.append((weight, weight.data))
+                weight.data = weight.data + layer.get_delta_weight(POLICY).to(weight.dtype)
             for layer in layers:
                 layer._disable_adapters = True
             yield
         finally:
-            for base, weight in kept:
-                base.weight.data = weight
+            for weight, data in kept:
+                weight.data = data
             for layer, disabled in zip(layers, before, strict=True):
                 layer._disable_adapters = disabled
 
     def can_merge(self) -> bool:
         """Whether `merged` gives the policy's own numbers: plain LoRA on float32 weights."""
-        weights = [layer.get_base_layer().weight for layer in self._adapted()]
-        return bool(weights) and self.unmergeable is None and weights[0].dtype is torch.float32
+        layers = self._adapted()
+        if not layers or self.unmergeable is not None:
+            return False
+        return _weight_under(layers[0]).dtype is torch.float32
 
     @property
     def unmergeable(self) -> str | None:
         """Why the policy's adapter cannot be folded into its weights; None where it can, or where there is none."""
         if not isinstance(self.policy, PeftModel):
             return None
-        layers = [layer.get_base_layer() for layer in self._adapted()]
+        layers = self._adapted()
         if self.policy.peft_config[POLICY].use_dora:
             return "the adapter is DoRA, which is no sum of two weights"
-        if not all(isinstance(layer, nn.Linear) for layer in layers):
-            return "it adapts other layers than linear ones"
-        if not all(layer.weight.is_floating_point() for layer in layers):
+        kinds = (
+            layer if isinstance(layer, ParamWrapper) else layer.get_base_layer() for layer in layers
+        )
+        if not all(isinstance(kind, ParamWrapper | nn.Linear) for kind in kinds):
+            return "it adapts other layers than linear ones and experts"
+        weights = [_weight_under(layer) for layer in layers]
+        if not all(weight.is_floating_point() for weight in weights):
             return "the weights under it are quantized"
         inputs = unwrapped(self.policy).get_input_embeddings().weight
-        if any(layer.weight is inputs for layer in layers):
+        if any(weight is inputs for weight in weights):
             return "it adapts an output head that is the input embedding too"
         return None
 
@@ -279,6 +284,13 @@ class Roles(nn.Module):  # type: ignore[misc]
             for layer in self._layers[id(self.policy)]
             if isinstance(layer, LoraLayer) and POLICY in _adapters_of(layer)
         ]
+
+
+def _weight_under(layer: Any) -> nn.Parameter:
+    """The base's weight that an adapted layer changes; of experts and routers a parameter of any name."""
+    name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+    found: nn.Parameter = getattr(layer.get_base_layer(), name)
+    return found
 
 
 def _switches(model: nn.Module) -> list[Any]:

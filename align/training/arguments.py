@@ -140,6 +140,8 @@ def dpo_arguments(config: DPOConfig, checkpoints: Path) -> trl.DPOConfig:
 
     `rpo_alpha` becomes TRL's loss `sft` with that weight beside the others: the mean over all
     chosen tokens of the batch of -log p (arXiv 2404.19733, eq. 1, with a batch's mean length).
+    A router's load-balancing loss is added only where `extra` asks for it (`router_aux_loss_coef`): the
+    architecture's own weight is for pretraining, and TRL would add it to the preference loss.
     """
     losses = [config.loss_type] if isinstance(config.loss_type, str) else list(config.loss_type)
     weights = config.loss_weights
@@ -155,7 +157,8 @@ def dpo_arguments(config: DPOConfig, checkpoints: Path) -> trl.DPOConfig:
         "precompute_ref_log_probs": config.precompute_ref_log_probs,
         "max_length": None,
     }
-    return build(trl.DPOConfig, given, config.trainer.extra)
+    extra = {"router_aux_loss_coef": 0.0, **config.trainer.extra}
+    return build(trl.DPOConfig, given, extra)
 
 
 def ppo_arguments(config: PPOConfig, checkpoints: Path) -> TrainingArguments:

@@ -16,7 +16,7 @@ from transformers import (
 from align.config.sections import ModelSection
 from align.models.adapters import join_adapters, name_base, save_adapter
 from align.models.identity import write_base_identity
-from align.models.loading import load_policy
+from align.models.loading import load_policy, silence_routers
 from align.models.quick_lora import quicken
 from align.models.tokenizer import end_of_turn_ids
 from align.runs import RunFolder
@@ -93,6 +93,7 @@ def save_policy(
         _save_as_adapter(model, section, artifact)
     else:
         full = _merged(model) if isinstance(model, PeftModel) else model
+        silence_routers(full)
         full.save_pretrained(artifact, safe_serialization=True)
         _drop_base_path(artifact)
     generation.save_pretrained(artifact)

@@ -138,7 +138,12 @@ class DPOTrainer(_TokenPairs, trl.DPOTrainer):  # type: ignore[misc]
         if plain and self.f_divergence_type == "reverse_kl":
             weight = self.loss_weights[0]
             steps = self.args.gradient_accumulation_steps
-            found = float(loss.detach()) / weight
+            found = (float(loss.detach()) - self._router_loss()) / weight
             expected = (LN2, LN2 / steps)
             if min(abs(found - value) for value in expected) > max(1e-4, allowed):
                 fail(f"the first loss is {found:.6f} instead of ln 2 = {LN2:.6f}", where="dpo")
+
+    def _router_loss(self) -> float:
+        """What the routers' load balancing added to the loss of the last batch."""
+        found = self._metrics["train"].get("aux_loss") if self.aux_loss_enabled else None
+        return float(self.router_aux_loss_coef * found[-1]) if found else 0.0
