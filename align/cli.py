@@ -126,7 +126,7 @@ def build(words: Sequence[str]) -> typer.Typer:
     completing = f"{os.environ.get('COMP_WORDS', '')} {os.environ.get('_TYPER_COMPLETE_ARGS', '')}"
     named = {*words, *completing.split()}
     app = typer.Typer(
-        help="Post-training for Llama 3 and friends: SFT, reward model, rejection sampling, DPO.",
+        help="Post-training for Llama 3 and friends: SFT, reward model, rejection sampling, DPO, PPO.",
         no_args_is_help=True,
         add_completion=top,
         add_help_option=top,
@@ -483,7 +483,7 @@ def plan(
     made = make_plan(recipe, sets=sets or [], with_stages=with_stages or [], gpu=gpu, gpus=gpus)
     counted: list[Any] = []
     if exact:
-        _make_ready()
+        make_ready()
         from align.plan.exact import count_exactly
 
         counted = count_exactly(made, quiet=as_json)

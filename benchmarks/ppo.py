@@ -391,8 +391,8 @@ def write(results: dict[str, Any]) -> None:
     lines = [
         "# PPO against TRL 1.12",
         "",
-        f"Made by `python benchmarks/ppo.py`: {EPISODES} episodes a rollout, {PASSES} passes, micro-batches of {MICRO}, one thread, "
-        "float32;",
+        f"Made by `python benchmarks/ppo.py`: {EPISODES} episodes a rollout, {PASSES} passes,",
+        f"micro-batches of {MICRO}, one thread, float32;",
         "processor seconds a rollout (medians over the turns, taken in turn) and memory above the loaded models.",
         "Measured: "
         + "; ".join(
