@@ -93,6 +93,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(_http.time, "sleep", lambda _: None)
-    monkeypatch.setattr(push, "TIMEOUT", 0.4)
+    monkeypatch.setattr(push, "TIMEOUT", 20.0)
     yield started
     started.close()

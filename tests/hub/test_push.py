@@ -90,12 +90,17 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_failure_says_what_happened_and_the_same_command_goes_on(hub, base, run, capfd, name):
+def test_a_failure_says_what_happened_and_the_same_command_goes_on(
+    hub, base, run, capfd, monkeypatch, name
+):
     fault = replace(FAULTS[name])
     hub.faults.append(fault)
     before = file_digests(run)
     words = ("--base-model-id", base)
-    assert push(run, *words) == 1
+    with monkeypatch.context() as patch:
+        if fault.how == "timeout":
+            patch.setattr("align.hub.push.TIMEOUT", 0.4)
+        assert push(run, *words) == 1
     out, err = capfd.readouterr()
     said = " ".join(err.split())
     assert f"align push {run} --repo-id me/model --base-model-id me/base" in said
