@@ -29,6 +29,7 @@ from align.stages.reward import RewardConfig
 from align.stages.sample import SampleConfig
 from align.stages.sft import SFTConfig
 from align.training import fitting
+from align.training.trainers import SFTTrainer
 
 MOE = {"num_experts_per_tok": 2}
 LATENT = {
@@ -142,12 +143,14 @@ def turn(role: str, content: str) -> dict[str, str]:
 class Chain:
     """The stages of one family, each run once and read by several tests.
 
-    `trained` holds the policies' log-probabilities when they were saved, `ways` how PPO passed through the model.
+    `trained` holds the policies' log-probabilities when they were saved, `folded` those of the weights that PPO draws
+    with, `ways` how PPO passed through the model.
     """
 
     def __init__(self, model: Path, folder: Path) -> None:
         self.model, self.folder = model, folder
         self.trained: dict[str, torch.Tensor] = {}
+        self.folded: dict[str, torch.Tensor] = {}
         self.ways: dict[str, dict[str, bool]] = {}
         self.chats = write(
             folder / "chats.jsonl",
@@ -194,13 +197,16 @@ class Chain:
             def saving(trainer: Any, *given: Any, **more: Any) -> None:
                 model = trainer.accelerator.unwrap_model(trainer.model)
                 if isinstance(trainer, PPOTrainer):
+                    if trainer.roles.can_merge():
+                        with trainer.roles.merged():
+                            self.folded[output.name] = logprobs(trainer.roles.policy)
                     with trainer.roles.playing("policy") as policy:
                         self.trained[output.name] = logprobs(policy)
                     self.ways[output.name] = {
                         "padded": trainer.collector.forward.padded,
                         "own logits": trainer.collector.forward.own_logits,
                         "reward on the policy's base": "reward" in trainer.roles.adapters,
-                        "folded for drawing": trainer.roles.can_merge(),
+                        "value on the policy's base": "value" in trainer.roles.adapters,
                     }
                 else:
                     self.trained[output.name] = logprobs(model)
@@ -314,6 +320,25 @@ def test_gradient_checkpointing_gives_the_same_policy(chain):
     assert_close(chain.trained["checkpointed"], chain.trained["sft"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_policy(chain, monkeypatch):
+    step, calls = SFTTrainer.training_step, []
+
+    def dying(*given: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise MemoryError("on purpose")
+        return step(*given, **more)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", dying)
+    with pytest.raises(MemoryError):
+        chain.sft("resumed", trainer={"save_steps": 2})
+    chain.sft("resumed", trainer={"save_steps": 2})
+    assert len(calls) == 4 + 3
+    chain.sft()
+    assert_close(chain.trained["resumed"], chain.trained["sft"], rtol=1e-5, atol=1e-5)
+
+
 def test_reward(chain):
     artifact = chain.reward()
     check_fell(artifact)
@@ -354,8 +379,11 @@ def test_ppo(chain, start):
         "padded": False,
         "own logits": False,
         "reward on the policy's base": start in ("base", "continue"),
-        "folded for drawing": start != "full",
+        "value on the policy's base": start != "full",
     }
+    if start != "full":
+        folded = chain.folded[f"ppo-{start}"]
+        assert_close(folded, chain.trained[f"ppo-{start}"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
