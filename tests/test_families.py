@@ -387,6 +387,14 @@ def test_ppo(chain, start):
 
 
 @pytest.mark.slow
+def test_ppo_with_gradient_checkpointing_gives_the_same_policy(chain):
+    chain.ppo("ppo-checkpointed", trainer={"gradient_checkpointing": True})
+    chain.ppo("ppo-base")
+    found = chain.trained["ppo-checkpointed"]
+    assert_close(found, chain.trained["ppo-base"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
 def test_the_shared_base_scores_as_the_reward_model_does(chain):
     apart = {"reward_model": str(chain.reward()), "reward_funcs": {}, "share_base": False}
     scores = [
