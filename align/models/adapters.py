@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType
 from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_config_for_transformers,
+    get_model_conversion_mapping,
+)
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align.config.sections import LoraSection, ModelSection
@@ -43,7 +47,7 @@ def lora_config(
     saved = list(lora.lora_modules_to_save or [])
     if reward and "score" not in saved:
         saved.append("score")
-    return LoraConfig(
+    config = LoraConfig(
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
@@ -55,6 +59,29 @@ def lora_config(
         bias="none",
         task_type=TaskType.SEQ_CLS if reward else TaskType.CAUSAL_LM,
     )
+    if model is not None:
+        _check_experts(config, model)
+    return config
+
+
+def _check_experts(config: LoraConfig, model: PreTrainedModel | PeftModel) -> None:
+    """Refuse what PEFT cannot do on experts, which transformers 5 holds as stacks of weights and not as layers."""
+    found = deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(found, model, get_model_conversion_mapping(model))
+    except ValueError as error:
+        fail(
+            str(error),
+            where="lora.lora_target_modules",
+            hint="name the projections of an expert together, or take `all-linear`",
+        )
+    for key, value in (("lora_dropout", found.lora_dropout), ("use_dora", found.use_dora)):
+        if value and found.target_parameters:
+            fail(
+                "the adapted experts are stacks of weights, on which PEFT has neither dropout nor DoRA",
+                where=f"lora.{key}: {str(value).lower()}",
+                hint=f"leave {key} out, or adapt the attention alone with lora.lora_target_modules",
+            )
 
 
 def _has_own_head(model: PreTrainedModel | PeftModel) -> bool:

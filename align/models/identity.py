@@ -99,7 +99,7 @@ def look_at(path: str, revision: str | None = None) -> Artifact:
             hint=artifact_hint(path) or "name a folder written by save_pretrained, or a Hub id",
         )
     config = _read_json(config_file)
-    if "auto_map" in config:
+    if "auto_map" in config and not _is_native(config):
         fail(
             "needs code from the repository (config.json has `auto_map`), and align runs none",
             where=path,
@@ -108,6 +108,14 @@ def look_at(path: str, revision: str | None = None) -> Artifact:
     names = config.get("architectures") or []
     reward = any(name.endswith("ForSequenceClassification") for name in names)
     return Artifact(path, "reward" if reward else "policy", config=config)
+
+
+def _is_native(config: dict[str, Any]) -> bool:
+    """Whether transformers has the architecture itself, so that a repository's own code (Phi-3, DeepSeek-V3) is not
+    needed; nothing but the library's classes is loaded then."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return config.get("model_type") in CONFIG_MAPPING_NAMES
 
 
 def require_full_model(path: str, revision: str | None = None, *, key: str) -> Artifact:

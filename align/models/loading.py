@@ -72,6 +72,8 @@ def load_arguments(model: ModelSection, checkpoint: Artifact, *, trained: bool) 
         "attn_implementation": model.attn_implementation,
         "quantization_config": quantization(model),
         "use_safetensors": True,
+        # A repository may bring code beside an architecture that transformers has.
+        "trust_remote_code": False,
     }
     if arguments["quantization_config"] is not None and torch.cuda.is_available():
         # A quantized model cannot be moved later, so it is loaded where it will stay.
@@ -100,6 +102,8 @@ def _from_pretrained(loader: Any, path: str, arguments: dict[str, Any]) -> PreTr
     finally:
         transformers_logging.set_verbosity(verbosity)
     silence_routers(loaded)
+    if hasattr(loaded.config, "auto_map"):  # names code that no artifact brings along
+        del loaded.config.auto_map
     return loaded
 
 

@@ -61,15 +61,16 @@ def run(config: RewardConfig, folder: "RunFolder") -> None:
     folder.data(rows)
     columns = [*TOKEN_COLUMNS, "margin"] if config.use_margin else TOKEN_COLUMNS
     continued = config.model.continues_adapter
+    model = load_reward_start(config.model, train_base=not config.lora.use_peft)
     trainer = Trainer(
-        model=load_reward_start(config.model, train_base=not config.lora.use_peft),
+        model=model,
         args=arguments,
         train_dataset=rows.train.select_columns(columns),
         eval_dataset=rows.test.select_columns(columns) if rows.test else None,
         processing_class=tokenizer,
         peft_config=None
         if continued
-        else lora_config(config.lora, reward=True, tokenizer=tokenizer),
+        else lora_config(config.lora, reward=True, tokenizer=tokenizer, model=model),
     )
     fit(trainer, folder)
     save_and_verify(trainer, folder, config, tokenizer, rows)

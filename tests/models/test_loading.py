@@ -78,6 +78,10 @@ def test_a_reward_model_where_a_policy_is_needed_and_the_reverse(reward_model, l
         ({}, "neither config.json nor adapter_config.json"),
         ({"config.json": "{"}, "cannot be read as JSON"),
         ({"config.json": '{"auto_map": {"AutoModel": "x.py"}}'}, "align runs none"),
+        (
+            {"config.json": '{"model_type": "own", "auto_map": {"AutoModel": "x.Own"}}'},
+            "align runs none",
+        ),
     ],
 )
 def test_a_folder_that_is_no_model(tmp_path, content, said):
