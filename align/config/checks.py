@@ -233,11 +233,6 @@ def _ppo(config: Any) -> Iterator[Trouble]:
     if lora.use_peft and lora.lora_dropout:
         message = "makes a ratio of probabilities noise"
         yield Trouble(("lora", "lora_dropout"), message, "leave it at 0 for PPO")
-    both = "missing_eos_penalty" in config.model_fields_set and config.missing_eos_penalty
-    if config.missing_eos_score is not None and both:
-        message = "and `missing_eos_penalty` are both given"
-        others = ("missing_eos_penalty",)
-        yield Trouble(("missing_eos_score",), message, "give one of them", others)
     if config.trainer.eval_strategy != "no":
         message = "evaluates nothing in PPO, whose log shows every rollout"
         yield Trouble(("trainer", "eval_strategy"), message, "leave it out and use `align eval`")

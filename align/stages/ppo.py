@@ -154,7 +154,7 @@ class PPOConfig(StageConfig):
     missing_eos_penalty: NonNegativeFloat | None = 1.0
     """Taken from the score of an answer that never ended its turn; null: nothing."""
     missing_eos_score: float | None = None
-    """Score of an unfinished answer, whatever the reward model says, instead of a penalty."""
+    """Score of an unfinished answer, whatever the reward model says; the penalty is not applied then."""
     sample_rollouts: PositiveInt = 10
     """Write a table of samples every so many rollouts (samples.jsonl)."""
     merge_adapter: bool = False
