@@ -19,6 +19,7 @@ from align.generation.answers import stop_ids
 from align.generation.sampler import sample_completions
 from align.generation.scoring import token_logprobs
 from align.models.loading import load_any_policy, load_policy
+from align.models.merging import merge
 from align.ppo.experience import Episode
 from align.ppo.forward import Forward
 from align.ppo.trainer import PPOTrainer
@@ -32,13 +33,8 @@ from align.training import fitting
 from align.training.trainers import SFTTrainer
 
 MOE = {"num_experts_per_tok": 2}
-LATENT = {
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16}
+LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("LlamaConfig", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
     # A window that is shorter than the texts, as Mistral 7B v0.1 has one.
@@ -314,6 +310,11 @@ def test_sft_merged(chain):
     assert "auto_map" not in config
 
 
+def test_merge_proves_itself(chain):
+    report = merge(str(chain.sft()), chain.folder / "one", dtype="float32")
+    assert report["kl_max"] < 1e-6
+
+
 def test_gradient_checkpointing_gives_the_same_policy(chain):
     chain.sft("checkpointed", trainer={"gradient_checkpointing": True})
     chain.sft()
@@ -345,13 +346,13 @@ def test_reward(chain):
     assert json.loads((artifact.parent / "summary.json").read_text())["reload_difference"] < 1e-4
 
 
-DPO_STARTS = [
+STARTS = [
     "base",
     *(pytest.param(s, marks=SLOW) for s in ("merged", "continue", "stack", "full")),
 ]
 
 
-@pytest.mark.parametrize("start", DPO_STARTS)
+@pytest.mark.parametrize("start", STARTS)
 def test_dpo(chain, start):
     artifact = chain.dpo(f"dpo-{start}", **chain.start(start))
     assert figures(artifact.parent, "loss")[0] == pytest.approx(math.log(2), abs=1e-4)
@@ -360,13 +361,7 @@ def test_dpo(chain, start):
     check_loads_as_trained(chain, artifact)
 
 
-PPO_STARTS = [
-    "base",
-    *(pytest.param(s, marks=SLOW) for s in ("merged", "continue", "stack", "full")),
-]
-
-
-@pytest.mark.parametrize("start", PPO_STARTS)
+@pytest.mark.parametrize("start", STARTS)
 def test_ppo(chain, start):
     rate = {"trainer": {"learning_rate": 1e-3}} if start == "full" else {}
     artifact = chain.ppo(f"ppo-{start}", **chain.start(start), **rate)
@@ -480,7 +475,7 @@ def test_sample_and_eval(chain):
 
 @pytest.mark.parametrize("family", ["mixtral"], indirect=True)
 def test_the_routers_loss_is_in_no_preference_loss_unless_asked_for(chain):
-    """Of these families Mixtral alone has one in transformers; it balances experts, not answers."""
+    """Of these families Mixtral alone has one in transformers."""
     assert figures(chain.sft().parent, "aux_loss")
     assert not figures(chain.reward().parent, "aux_loss")
     assert not figures(chain.dpo("dpo-base").parent, "aux_loss")
