@@ -134,8 +134,9 @@ def _answer(text: str, completion: Completion) -> Answer:
 class RewardModel:
     """A reward model that scores answers to prompts."""
 
-    def __init__(self, path: str, batch_size: int) -> None:
-        model, self.tokenizer = load_reward_model(path)
+    def __init__(self, path: str, batch_size: int, like: ModelSection | None = None) -> None:
+        """`like` gives the type and quantization of its weights."""
+        model, self.tokenizer = load_reward_model(path, like)
         self.scorer = RewardScorer(model, self.tokenizer)
         self.batch_size = batch_size
         self.turn_end = end_of_turn_ids(self.tokenizer)[0]

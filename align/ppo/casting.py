@@ -103,7 +103,7 @@ def _critic(config: PPOConfig, policy: Any, tokenizer: PreTrainedTokenizerBase) 
         return None
     if look_at(path).kind != "reward":
         return None
-    model, its_tokenizer = load_reward_model(path)
+    model, its_tokenizer = load_reward_model(path, config.model)
     if not same_tokens(tokenizer, its_tokenizer) or not isinstance(
         _head_of(model), torch.nn.Linear
     ):
@@ -207,7 +207,7 @@ def make_scorer(
     section = config.scorer
     if section.reward_model is not None and not roles.shares_reward:
         model = reward_model_scorer(
-            section.reward_model, prompts, tokenizer, section.score_batch_size
+            section.reward_model, prompts, tokenizer, section.score_batch_size, config.model
         )
         scorers["reward model"] = (model, section.reward_model_weight)
     for name, weight in section.reward_funcs.items():
@@ -232,3 +232,5 @@ def say_casting(name: str, roles: Roles, config: PPOConfig) -> None:
         f"{name}: one base for {', '.join(on_base)}"
         + (f"; the reward model has weights of its own ({roles.reward_apart})" if own else "")
     )
+    if own and config.value_init == "reward":
+        say(f"{name}: the value starts at zero, not as the reward model: critic_warmup_steps helps")

@@ -158,13 +158,15 @@ class Roles(nn.Module):  # type: ignore[misc]
 
     def values(self, hidden: Tensor) -> Tensor:
         """Values of hidden states, shape [n, d] -> [n], float32."""
-        found: Tensor = self.value_head(hidden.float()).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            found: Tensor = self.value_head(hidden.float()).squeeze(-1)
         return found
 
     def rewards(self, hidden: Tensor) -> Tensor:
         """Rewards of the last hidden states of whole texts, shape [n, d] -> [n], float32."""
         assert self.reward_head is not None
-        return (hidden.to(self.reward_head.dtype) @ self.reward_head).float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden.float() @ self.reward_head.float()
 
     def start_value_from_reward(self, mean: float, deviation: float, weight: float = 1.0) -> None:
         """Let the value begin as the (normalized) reward model: its head, and its adapter if both have one.

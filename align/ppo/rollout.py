@@ -21,6 +21,7 @@ from align.ppo.flat import can_flatten
 from align.ppo.forward import Forward
 from align.ppo.roles import Roles
 from align.ppo.scoring import Scorer
+from align.report.terminal import say
 from align.stages.ppo import PPOConfig
 
 Item = TypeVar("Item")
@@ -215,11 +216,15 @@ class Collector:
 
     def _start(self, episodes: list[Episode], scores: Tensor) -> None:
         """What the first rollout fixes: the way through the models, the reward's scale, the value's start."""
-        with torch.no_grad(), self.roles.playing("policy"):
-            self.forward.settle(self.roles.policy, episodes[:2])
+        with torch.no_grad(), self.roles.playing("policy"), self.precision():
+            left = self.forward.settle(self.roles.policy, episodes[:2])
+        if self.forward.padded or self.forward.own_logits:
+            way = "whole logits" if self.forward.own_logits else "padded batches"
+            if self.rank == 0:
+                say(f"ppo: log-probabilities come from {way} (they differ by {left:.2g})")
         if (
             self.roles.value is not None
-        ):  # another architecture may need padding where the policy does not
+        ):  # its architecture may need padding where the policy's does not
             self.forward.padded |= not can_flatten(self.roles.value)
         if self.config.reward_normalization == "first":
             self.reward_mean = float(scores.mean())

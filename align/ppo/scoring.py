@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.config.sections import ModelSection
 from align.environment import ALLOW_CODE
 from align.errors import fail
 from align.evaluation.judges import ask
@@ -27,10 +28,14 @@ Scorer = Callable[[Sequence[Episode]], list[float]]
 
 
 def reward_model_scorer(
-    path: str, prompts: Sequence[Prompt], tokenizer: Any, batch_size: int
+    path: str,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    batch_size: int,
+    like: ModelSection | None = None,
 ) -> Scorer:
     """Scores by a reward model of its own weights; its tokenizer may be another one than the policy's."""
-    model = RewardModel(path, batch_size)
+    model = RewardModel(path, batch_size, like)
 
     def score(episodes: Sequence[Episode]) -> list[float]:
         asked = [prompts[episode.prompt] for episode in episodes]

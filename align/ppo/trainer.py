@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from align.environment import world_size
 from align.errors import fail
@@ -81,6 +83,14 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             train_dataset=range(arguments.max_steps * self.accumulation),
             data_collator=lambda rows: {"step": rows[0]},
         )
+        if self.is_deepspeed_enabled:
+            fail(
+                "sums gradients itself, which DeepSpeed does not allow",
+                where="launch.accelerate",
+                hint="use `ddp`; LoRA, or QLoRA with model.load_in_4bit, makes large models fit",
+            )
+        wanted = GradientCheckpointingLayer if self.args.gradient_checkpointing else ()
+        self._recomputed = [layer for layer in roles.modules() if isinstance(layer, wanted)]
         self.collector = Collector(
             config,
             roles,
@@ -119,6 +129,19 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             fail("there are no prompts", where="data")
 
     # transformers' loop, where ours differs
+
+    def compute_loss_context_manager(self) -> Any:
+        """Mixed precision; transformers leaves it to the model's `forward`, which PPO never calls."""
+        return self.accelerator.autocast()
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """One schedule for both groups; the policy's begins after the critic's warm-up."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        wait = self.config.critic_warmup_steps
+        if wait and isinstance(scheduler, LambdaLR):
+            shape = scheduler.lr_lambdas[0]
+            scheduler.lr_lambdas[0] = lambda step: shape(max(0, step - wait))
+        return scheduler
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The numbers of the micro-batches, the same ones on every process."""
@@ -272,7 +295,9 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
     def _learn(self, e: Experience, places: list[int], tokens: int) -> Tensor:
         """Gradients of one micro-batch; every loss is a mean over the tokens of the whole minibatch."""
         roles, forward = self.roles, self.collector.forward
-        roles.train(self.args.gradient_checkpointing)
+        roles.eval()
+        for layer in self._recomputed:  # the flag of the layer alone wakes no dropout inside
+            layer.training = True
         flat = forward.batch([e.episodes[place] for place in places], roles.device)
         rows = torch.tensor(places)
         inside = e.mask[rows].bool()
@@ -305,7 +330,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
                     states = forward.hidden(model, flat)[flat.rows]
                     value = self._value_part(roles.values(states), of, tokens)
                 value.backward()
-            total = total + self.config.vf_coef * value.detach()
+            total = total + value.detach()
         return total
 
     def _policy_part(self, logprobs: Tensor, of: Any, tokens: int) -> Tensor:

@@ -36,9 +36,12 @@ def linear_logprobs(
     Returns:
         log-probabilities, float32, shape [n], and entropies in nats without a gradient, shape [n], or None.
     """
-    if weight.requires_grad and torch.is_grad_enabled():
-        return _with_trained_head(hidden, weight, targets, temperature, entropy)
-    logprobs, entropies = _FrozenHead.apply(hidden, weight, targets, temperature, entropy)
+    hidden = hidden.to(weight.dtype)
+    # Autocast would round sums and single logits, by up to an eighth of a nat.
+    with torch.autocast(hidden.device.type, enabled=False):
+        if weight.requires_grad and torch.is_grad_enabled():
+            return _with_trained_head(hidden, weight, targets, temperature, entropy)
+        logprobs, entropies = _FrozenHead.apply(hidden, weight, targets, temperature, entropy)
     return logprobs, entropies if entropy else None
 
 
@@ -75,15 +78,16 @@ class _FrozenHead(torch.autograd.Function):  # type: ignore[misc]
         slopes = torch.empty_like(hidden) if wants_gradient else None
         for first in range(0, len(hidden), ROWS_AT_ONCE):
             rows = slice(first, first + ROWS_AT_ONCE)
-            scaled = hidden[rows] / temperature
-            tiles = _Tiles(scaled, entropy=entropy, mean=wants_gradient)
+            tiles = _Tiles(
+                hidden[rows], targets[rows], temperature, entropy=entropy, mean=wants_gradient
+            )
             for columns in weight.split(COLUMNS_AT_ONCE):
                 tiles.add(columns)
-            chosen = weight[targets[rows]].float()
-            logprobs[rows] = torch.linalg.vecdot(scaled.float(), chosen) - tiles.log_total()
+            logprobs[rows] = tiles.logprobs()
             if entropy:
                 entropies[rows] = tiles.entropy()
             if slopes is not None:
+                chosen = weight[targets[rows]].float()
                 slopes[rows] = ((chosen - tiles.mean_row()) / temperature).to(hidden.dtype)
         if slopes is not None:
             ctx.save_for_backward(slopes)
@@ -99,9 +103,13 @@ class _FrozenHead(torch.autograd.Function):  # type: ignore[misc]
 class _Tiles:
     """A softmax over a vocabulary that comes in pieces, for n rows of hidden states [n, d]."""
 
-    def __init__(self, hidden: Tensor, *, entropy: bool, mean: bool) -> None:
-        self.hidden = hidden
+    def __init__(
+        self, hidden: Tensor, targets: Tensor, temperature: float, *, entropy: bool, mean: bool
+    ) -> None:
+        self.hidden, self.targets, self.temperature = hidden, targets[:, None], temperature
+        self.seen = 0
         count = len(hidden)
+        self.chosen = hidden.new_zeros((count, 1), dtype=torch.float32)
         self.top = hidden.new_full((count, 1), -math.inf, dtype=torch.float32)
         self.mass = torch.zeros_like(self.top)  # sum of exp(z - top)
         self.weighted = torch.zeros_like(self.top) if entropy else None  # and of that times z - top
@@ -109,7 +117,13 @@ class _Tiles:
 
     def add(self, columns: Tensor) -> None:
         """Take in some rows of the head, shape [c, d]."""
-        scores = (self.hidden @ columns.t()).float()
+        scores = (self.hidden @ columns.t()).float().div_(self.temperature)
+        # The target's logit is rounded as all others are, else a likely token's probability exceeds 1.
+        place = self.targets - self.seen
+        here = (place >= 0) & (place < len(columns))
+        picked = scores.gather(1, place.clamp(0, len(columns) - 1))
+        self.chosen = torch.where(here, picked, self.chosen)
+        self.seen += len(columns)
         top = torch.maximum(self.top, scores.amax(-1, keepdim=True))
         scores.sub_(top)
         begun = self.mass > 0
@@ -130,9 +144,9 @@ class _Tiles:
                 self.mean += powers.to(columns.dtype) @ columns
         self.top = top
 
-    def log_total(self) -> Tensor:
-        """Log of the partition sum, [n]."""
-        return (self.top + self.mass.log()).squeeze(1)
+    def logprobs(self) -> Tensor:
+        """Of the targets, [n]."""
+        return (self.chosen - self.top - self.mass.log()).squeeze(1)
 
     def entropy(self) -> Tensor:
         """In nats, [n]."""
