@@ -101,3 +101,20 @@ def test_a_gradient_can_be_checked_numerically():
 
     # The function computes in float32, so steps are large and the tolerance loose.
     assert torch.autograd.gradcheck(function, (hidden,), eps=1e-2, atol=5e-3, rtol=5e-3)
+
+
+def test_reduced_precision_rounds_the_target_as_it_rounds_the_others():
+    """A likely token's probability stays below 1, and errors are no larger than those of whole logits."""
+    torch.manual_seed(0)
+    weight = torch.randn(512, 64)
+    targets = torch.randint(0, 512, (200,))
+    hidden = weight[targets] * 0.3 + torch.randn(200, 64) * 0.1
+    exact = (hidden @ weight.t()).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    whole = (hidden @ weight.t()).float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    found, _ = linear_logprobs(hidden, weight, targets)
+    assert float(found.max()) <= 1e-6
+    assert float((found - exact).abs().mean()) <= 1.05 * float((whole - exact).abs().mean())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again, _ = linear_logprobs(hidden.float(), weight, targets)
+    torch.testing.assert_close(again, found)
