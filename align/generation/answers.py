@@ -32,6 +32,11 @@ class Prompt:
     """Its columns, `prompt` (text or messages) among them."""
 
     @property
+    def is_text(self) -> bool:
+        """Whether it is plain text and no chat."""
+        return isinstance(self.row["prompt"], str)
+
+    @property
     def where(self) -> str:
         """The row in words."""
         return f"row {self.index + 1}"
@@ -75,6 +80,11 @@ def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     own = getattr(unwrapped(model).generation_config, "eos_token_id", None)
     saved = [] if own is None else own if isinstance(own, list) else [own]
     return list(dict.fromkeys([*end_of_turn_ids(tokenizer), *saved]))
+
+
+def closing_ids(tokenizer: PreTrainedTokenizerBase) -> dict[bool, Any]:
+    """What training rows end in: chats (False) in an end of turn, plain texts (True) in an end of text."""
+    return {False: end_of_turn_ids(tokenizer)[0], True: tokenizer.eos_token_id}
 
 
 def draw(
@@ -139,8 +149,7 @@ class RewardModel:
         model, self.tokenizer = load_reward_model(path, like)
         self.scorer = RewardScorer(model, self.tokenizer)
         self.batch_size = batch_size
-        self.turn_end = end_of_turn_ids(self.tokenizer)[0]
-        self.text_end = self.tokenizer.eos_token_id
+        self.closing = closing_ids(self.tokenizer)
 
     def rewards(
         self,
@@ -158,7 +167,7 @@ class RewardModel:
         """
         if same_tokens(tokenizer, self.tokenizer):
             sequences = [
-                [*prompt.ids, *answer.ids, self._end(prompt)]
+                [*prompt.ids, *answer.ids, self.closing[prompt.is_text]]
                 for prompt, group in zip(prompts, groups, strict=True)
                 for answer in group.answers
             ]
@@ -166,11 +175,6 @@ class RewardModel:
             sequences = self._rendered(prompts, groups)
         rewards = iter(self.scorer.score(sequences, self.batch_size))
         return [[next(rewards) for _ in group.answers] for group in groups]
-
-    def _end(self, prompt: Prompt) -> int:
-        """What training rows end in: chats in an end of turn, plain texts in an end of text."""
-        plain = isinstance(prompt.row["prompt"], str)
-        return self.text_end if plain else self.turn_end
 
     def _rendered(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> list[list[int]]:
         rows = [

@@ -76,22 +76,22 @@ def _with_adapters(config: PPOConfig, policy: Any, tokenizer: PreTrainedTokenize
         roles.reward_head = _head(critic)
     if config.model.continues_adapter:
         roles.add_adapter("ref", policy.peft_config[POLICY])
-        weights = dict(policy.named_parameters())
-        with torch.no_grad():
-            for name, weight in weights.items():
-                if f".{POLICY}" in name:
-                    weights[name.replace(f".{POLICY}", ".ref")].copy_(weight)
+        roles.copy_adapter(POLICY, "ref")
     if critic is None:
         roles.reward_apart = _share_reward(config, roles, tokenizer)
     if config.value_model == "adapter" and critic is None:
         shared = roles.shares_reward
-        # Trained token rows are the policy's alone: they are for writing and reading its own turns.
-        plain = config.lora.model_copy(update={"trainable_token_indices": None})
-        like = policy.peft_config["reward"] if shared else lora_config(plain)
-        assert isinstance(like, LoraConfig)
-        roles.add_adapter("value", deepcopy(like))
+        like = deepcopy(policy.peft_config["reward"]) if shared else _value_lora(config)
+        roles.add_adapter("value", like)
     quicken(policy)
     return roles
+
+
+def _value_lora(config: PPOConfig) -> LoraConfig:
+    """A value's adapter. Trained token rows are the policy's alone: they are for writing and reading its own turns."""
+    found = lora_config(config.lora.model_copy(update={"trainable_token_indices": None}))
+    assert found is not None
+    return found
 
 
 def _critic(config: PPOConfig, policy: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -108,9 +108,7 @@ def _critic(config: PPOConfig, policy: Any, tokenizer: PreTrainedTokenizerBase) 
         _head_of(model), torch.nn.Linear
     ):
         return None
-    plain = config.lora.model_copy(update={"trainable_token_indices": None})
-    lora = lora_config(plain)
-    assert lora is not None
+    lora = _value_lora(config)
     lora.task_type, lora.exclude_modules = None, ["score"]
     critic = get_peft_model(model.requires_grad_(False), lora)
     quicken(critic)
@@ -186,10 +184,10 @@ def _value_model(config: PPOConfig, policy: Any) -> tuple[Any, torch.Tensor | No
         model, _ = load_reward_model(path)
         if isinstance(model, PeftModel):
             model = model.merge_and_unload()
-        score: Any = getattr(model, "score", None)
+        score = _head_of(model)
         same = model.config.hidden_size == policy.config.hidden_size
         if score is not None and same and model.config.vocab_size == policy.config.vocab_size:
-            head = score.weight.detach().reshape(-1).clone()
+            head = _head(model)
             model.requires_grad_(True)
             score.requires_grad_(False)
             return model.to(policy.dtype), head

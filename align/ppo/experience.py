@@ -24,6 +24,11 @@ class Episode:
     text: str
     """The completion without control tokens."""
 
+    @property
+    def answer_ids(self) -> list[int]:
+        """The completion without the stop token."""
+        return self.completion_ids[:-1] if self.ended else self.completion_ids
+
 
 @dataclass(slots=True)
 class Experience:

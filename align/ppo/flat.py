@@ -167,14 +167,20 @@ def hidden_states(model: Any, flat: Flat, *, padded: bool = False) -> Tensor:
     return found[0]
 
 
-def _padded(backbone: Any, flat: Flat) -> Tensor:
+def in_rows(flat: Flat) -> tuple[Tensor, Tensor, Tensor]:
+    """The sequences as rows filled up on the right: mask, ids and positions, shape [sequences, longest] each.
+
+    `found[mask]` brings what a model gives for them back into the order of the flat row.
+    """
     lengths = torch.tensor(flat.lengths, device=flat.ids.device)
-    width = int(lengths.max())
-    mask = torch.arange(width, device=lengths.device) < lengths[:, None]
-    ids = torch.zeros(mask.shape, dtype=torch.long, device=lengths.device)
-    ids[mask] = flat.ids
-    positions = torch.zeros_like(ids)
-    positions[mask] = flat.positions
+    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    ids, positions = (torch.zeros_like(mask, dtype=torch.long) for _ in range(2))
+    ids[mask], positions[mask] = flat.ids, flat.positions
+    return mask, ids, positions
+
+
+def _padded(backbone: Any, flat: Flat) -> Tensor:
+    mask, ids, positions = in_rows(flat)
     found: Tensor = backbone(
         input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
     )[0]

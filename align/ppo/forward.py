@@ -9,7 +9,7 @@ from torch import Tensor
 
 from align.generation.sampler import unwrapped
 from align.ppo.experience import Episode
-from align.ppo.flat import Flat, can_flatten, flatten, hidden_states, segments_attended
+from align.ppo.flat import Flat, can_flatten, flatten, hidden_states, in_rows, segments_attended
 from align.training.logprobs import linear_logprobs
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
@@ -61,12 +61,7 @@ class Forward:
         return logprobs, entropies, rows
 
     def _by_logits(self, model: Any, flat: Flat) -> tuple[Tensor, Tensor, Tensor]:
-        lengths = torch.tensor(flat.lengths, device=flat.ids.device)
-        mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-        ids, positions = (
-            torch.zeros(mask.shape, dtype=torch.long, device=mask.device) for _ in "ab"
-        )
-        ids[mask], positions[mask] = flat.ids, flat.positions
+        mask, ids, positions = in_rows(flat)
         output = unwrapped(model)(
             input_ids=ids,
             attention_mask=mask.long(),

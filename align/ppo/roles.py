@@ -99,6 +99,13 @@ class Roles(nn.Module):  # type: ignore[misc]
             if f".{name}." in key or key.endswith(f".{name}")
         ]
 
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Give one adapter of the shared base the weights of another of the same shape."""
+        own, found = self.adapter_parameters(target), self.adapter_parameters(source)
+        with torch.no_grad():
+            for weight, other in zip(own, found, strict=True):
+                weight.copy_(other)
+
     def policy_parameters(self) -> list[nn.Parameter]:
         """What the policy's optimizer group trains."""
         if isinstance(self.policy, PeftModel):
@@ -180,11 +187,7 @@ class Roles(nn.Module):  # type: ignore[misc]
             self.value_head.weight.copy_(self.reward_head.float()[None] * weight / deviation)
             self.value_head.bias.fill_(-mean / deviation)
         if "value" in self.adapters:
-            weights = dict(self.policy.named_parameters())
-            with torch.no_grad():
-                for name, own in weights.items():
-                    if ".reward." in name:
-                        weights[name.replace(".reward.", ".value.")].copy_(own)
+            self.copy_adapter("reward", "value")
 
     def trained_state(self) -> dict[str, Tensor]:
         """Every trained weight by name."""

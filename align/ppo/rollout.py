@@ -12,9 +12,8 @@ from torch import Tensor
 
 from align.environment import world_size
 from align.errors import AlignError, Problem, fail
-from align.generation.answers import Prompt, stop_ids
+from align.generation.answers import Prompt, closing_ids, stop_ids
 from align.generation.sampler import sample_completions
-from align.models.tokenizer import end_of_turn_ids
 from align.ppo import estimators
 from align.ppo.experience import Episode, Experience, rows_of
 from align.ppo.flat import can_flatten
@@ -141,7 +140,7 @@ class Collector:
         self.scorer, self.rank, self.precision = scorer, rank, precision
         self.forward = Forward(roles.policy, config.generation.temperature)
         self.stops = stop_ids(roles.policy, tokenizer)
-        self.turn_end = end_of_turn_ids(tokenizer)[0]
+        self.closing = closing_ids(tokenizer)
         self.settled = False
         self.generate_seconds = 0.0
         self.reward_mean, self.reward_deviation = 0.0, 1.0
@@ -222,9 +221,8 @@ class Collector:
             way = "whole logits" if self.forward.own_logits else "padded batches"
             if self.rank == 0:
                 say(f"ppo: log-probabilities come from {way} (they differ by {left:.2g})")
-        if (
-            self.roles.value is not None
-        ):  # its architecture may need padding where the policy's does not
+        # The value's architecture may need padding where the policy's does not.
+        if self.roles.value is not None:
             self.forward.padded |= not can_flatten(self.roles.value)
         if self.config.reward_normalization == "first":
             self.reward_mean = float(scores.mean())
@@ -262,7 +260,7 @@ class Collector:
             Episode(
                 e.prompt,
                 e.prompt_ids,
-                [*(e.completion_ids[:-1] if e.ended else e.completion_ids), self._end(e)],
+                [*e.answer_ids, self.closing[self.prompts[e.prompt].is_text]],
                 True,
                 e.text,
             )
@@ -274,10 +272,6 @@ class Collector:
                 self.forward.hidden(model, flat)[flat.last]
             ).tolist()
         return rewards
-
-    def _end(self, episode: Episode) -> int:
-        plain = isinstance(self.prompts[episode.prompt].row["prompt"], str)
-        return int(self.tokenizer.eos_token_id) if plain else self.turn_end
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _look(

@@ -39,14 +39,10 @@ def reward_model_scorer(
 
     def score(episodes: Sequence[Episode]) -> list[float]:
         asked = [prompts[episode.prompt] for episode in episodes]
-        groups = [Group(e.prompt, [Answer(e.text, _without_stop(e), None)]) for e in episodes]
+        groups = [Group(e.prompt, [Answer(e.text, e.answer_ids, None)]) for e in episodes]
         return [row[0] for row in model.rewards(asked, groups, tokenizer)]
 
     return score
-
-
-def _without_stop(episode: Episode) -> list[int]:
-    return episode.completion_ids[:-1] if episode.ended else episode.completion_ids
 
 
 def function_scorer(name: str, prompts: Sequence[Prompt]) -> Scorer:
