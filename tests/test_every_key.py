@@ -116,6 +116,7 @@ SEEN_ELSEWHERE = {
     "mask_format_tokens": "tests/training/test_trainers.py",
     "use_margin": "tests/stages/test_training_stages.py",
     "merge_adapter": "tests/stages/test_training_stages.py",
+    "padding_free": "tests/training/test_pairs.py",
 }
 """Keys whose effect is not an argument; the named test sees it. Data keys are flipped below."""
 

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from align.generation.sampler import unwrapped
 from align.ppo.experience import Episode
-from align.ppo.flat import Flat, can_flatten, flatten, hidden_states, in_rows, segments_attended
+from align.training.flat import (
+    Flat,
+    can_flatten,
+    flatten,
+    hidden_states,
+    in_rows,
+    segments_attended,
+)
 from align.training.logprobs import linear_logprobs
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}

@@ -16,12 +16,12 @@ from align.generation.answers import Prompt, closing_ids, stop_ids
 from align.generation.sampler import sample_completions
 from align.ppo import estimators
 from align.ppo.experience import Episode, Experience, rows_of
-from align.ppo.flat import can_flatten
 from align.ppo.forward import Forward
 from align.ppo.roles import Roles
 from align.ppo.scoring import Scorer
 from align.report.terminal import say
 from align.stages.ppo import PPOConfig
+from align.training.flat import can_flatten
 
 Item = TypeVar("Item")
 

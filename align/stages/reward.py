@@ -36,6 +36,8 @@ class RewardConfig(StageConfig):
     """Weight of a term that keeps the rewards around zero (arXiv 2312.09244, eq. 2)."""
     use_margin: bool = False
     """Subtract the rows' `margin` in the loss (Llama 2); without it the margin is only used in the report."""
+    padding_free: bool = True
+    """Compute the prompt of a pair once and no padding, where the model gives the same rewards that way."""
     merge_adapter: bool = False
     """Merge the trained adapter into the base, so that the artifact is a full sequence classifier."""
 
@@ -68,6 +70,7 @@ def run(config: RewardConfig, folder: "RunFolder") -> None:
         train_dataset=rows.train.select_columns(columns),
         eval_dataset=rows.test.select_columns(columns) if rows.test else None,
         processing_class=tokenizer,
+        padding_free=config.padding_free,
         peft_config=None
         if continued
         else lora_config(config.lora, reward=True, tokenizer=tokenizer, model=model),

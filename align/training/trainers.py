@@ -5,6 +5,7 @@ DPO refuses to train from a wrong reference.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any, TypeAlias
 
@@ -17,6 +18,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from align.data.token_rows import MASK_COLUMNS
 from align.errors import fail
+from align.training.flat import can_flatten, segments_attended
+from align.training.pairs import SharedPairs, agrees_with_padding, padded, pairs_read
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 
@@ -50,7 +53,53 @@ class _TokenPairs:
 
 
 class RewardTrainer(_TokenPairs, trl.RewardTrainer):  # type: ignore[misc]
-    """Bradley-Terry on `chosen_ids` and `rejected_ids` (whole sequences), optionally `margin`."""
+    """Bradley-Terry on `chosen_ids` and `rejected_ids` (whole sequences), optionally `margin`.
+
+    Args:
+        padding_free: compute what both sides of a pair begin with once, and no padding (`SharedPairs`), for
+            models whose rewards stay the same; the first batch decides.
+    """
+
+    data_collator: Any
+
+    def __init__(self, *args: Any, padding_free: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        fixed_shapes = getattr(self.data_collator, "pad_to_multiple_of", None) is not None
+        if padding_free and not fixed_shapes and can_flatten(self.model):
+            self.data_collator = SharedPairs(pad_token_id=self.data_collator.pad_token_id)
+        self.flat: bool | None = None
+        """Whether flat rows are computed as such; known after the first of them."""
+
+    def compute_loss(
+        self,
+        model: Model,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        if "segments" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self._computes_flat(model, inputs):
+            rows = padded(inputs, self.data_collator.pad_token_id)
+            return super().compute_loss(model, rows, return_outputs, num_items_in_batch)
+        own = self.accelerator.unwrap_model(model)
+        with segments_attended(own), pairs_read(own, inputs) as shared:
+            return super().compute_loss(model, shared, return_outputs, num_items_in_batch)
+
+    def training_step(
+        self, model: Model, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        flat = "segments" in inputs and self._computes_flat(model, inputs)
+        # Gradient checkpointing computes layers again in the backward pass, with the same attention.
+        own = self.accelerator.unwrap_model(model)
+        with segments_attended(own) if flat else nullcontext():
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def _computes_flat(self, model: Model, inputs: dict[str, torch.Tensor]) -> bool:
+        if self.flat is None:
+            own, batch = self.accelerator.unwrap_model(model), self._prepare_inputs(inputs)
+            self.flat = agrees_with_padding(own, batch, self.data_collator.pad_token_id)
+        return self.flat
 
 
 class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]

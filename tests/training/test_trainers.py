@@ -131,7 +131,8 @@ def test_sft_equals_trl_on_the_same_messages(llama, rows, tokenizer, tmp_path):
     assert_same(ours, theirs)
 
 
-def test_reward_equals_trl_on_the_same_pairs(llama, pairs, tokenizer, tmp_path):
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_reward_equals_trl_on_the_same_pairs(llama, pairs, tokenizer, tmp_path, padding_free):
     from align.data.rendering import training_rows
 
     def model():
@@ -150,6 +151,7 @@ def test_reward_equals_trl_on_the_same_pairs(llama, pairs, tokenizer, tmp_path):
         args=reward_arguments(config, tmp_path),
         train_dataset=rendered.select_columns(["chosen_ids", "rejected_ids"]),
         processing_class=tokenizer,
+        padding_free=padding_free,
     )
     theirs = trl.RewardTrainer(
         model=model(),
@@ -160,6 +162,7 @@ def test_reward_equals_trl_on_the_same_pairs(llama, pairs, tokenizer, tmp_path):
         processing_class=tokenizer,
     )
     assert_same(ours, theirs)
+    assert ours.flat is (True if padding_free else None)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "robust", "apo_zero"])

@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +14,14 @@ from align.generation.sampler import has_attention_caches, unwrapped
 
 SEGMENTS = "align_segments"
 """Name of the attention below among transformers' attention functions."""
+
+
+class Segment(NamedTuple):
+    """Neighbouring tokens of a flat row that attend to each other."""
+
+    length: int
+    shared: int = 0
+    """They continue so many tokens: those at the beginning of the nearest segment to the left that shares none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,45 +76,56 @@ def segment_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
+    segments: Sequence[Segment],
+    dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    cu_seq_lens_q: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each segment of one row.
+    """Causal attention inside each segment of one row, and to the tokens that the segment continues.
 
     Args:
         query, key, value: shape [1, heads, N, size].
-        scaling: of the scores. sliding_window: keys further back are not seen.
-        cu_seq_lens_q: where segments begin and end, on the CPU, shape [segments + 1].
+        segments: of the whole row, in order; what they share is read, not computed again.
+        dropout: of the weights. scaling: of the scores. sliding_window: keys further back are not seen.
 
     Returns:
         shape [1, N, heads, size], and no weights.
     """
-    assert cu_seq_lens_q is not None
-    groups = query.shape[1] // key.shape[1]
-    edges = cu_seq_lens_q.tolist()
+    lengths = [segment.length for segment in segments]
+    # One split: the gradient of a slice would be a row of zeros for each segment.
+    rows = zip(segments, *(part.split(lengths, 2) for part in (query, key, value)), strict=True)
+    grouped = query.shape[1] > key.shape[1]
+    whole_keys, whole_values = key, value  # of the nearest segment that shares nothing
     parts = []
-    for first, end in pairwise(edges):
-        inside = (slice(None), slice(None), slice(first, end))
-        near = sliding_window is not None and end - first > sliding_window
-        mask = _window_mask(end - first, sliding_window, query.device) if near else None
+    for (_, shared), queries, keys, values in rows:
+        if shared:
+            keys = torch.cat([whole_keys[:, :, :shared], keys], 2)
+            values = torch.cat([whole_values[:, :, :shared], values], 2)
+        else:
+            whole_keys, whole_values = keys, values
+        length = keys.shape[2]
+        near = sliding_window is not None and length > sliding_window
+        mask = _mask(length, shared, sliding_window, query.device) if near or shared else None
         parts.append(
             functional.scaled_dot_product_attention(
-                query[inside],
-                key[inside],
-                value[inside],
+                queries,
+                keys,
+                values,
                 attn_mask=mask,
+                dropout_p=dropout,
                 is_causal=mask is None,
                 scale=scaling,
-                enable_gqa=groups > 1,
+                enable_gqa=grouped,
             )
         )
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 
 
-def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    back = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+def _mask(length: int, shared: int, window: int | None, device: torch.device) -> Tensor:
+    """What the tokens behind the shared ones see of all, shape [length - shared, length]."""
+    places = torch.arange(length, device=device)
+    back = places[shared:, None] - places
     return (back >= 0) & (back < (window or length))
 
 
@@ -156,13 +174,13 @@ def hidden_states(model: Any, flat: Flat, *, padded: bool = False) -> Tensor:
     backbone = getattr(base, base.base_model_prefix)
     if padded:
         return _padded(backbone, flat)
-    edges = torch.tensor([0, *flat.lengths]).cumsum(0).to(torch.int32)
+    segments = [Segment(length) for length in flat.lengths]
     with segments_attended(model):
         found: Tensor = backbone(
             input_ids=flat.ids[None],
             position_ids=flat.positions[None],
             use_cache=False,
-            cu_seq_lens_q=edges,
+            segments=segments,
         )[0]
     return found[0]
 

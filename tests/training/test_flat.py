@@ -21,15 +21,16 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from align.ppo.flat import (
+from align.ppo.roles import Roles
+from align.training.flat import (
     SEGMENTS,
+    Segment,
     can_flatten,
     flatten,
     hidden_states,
     segment_attention,
     segments_attended,
 )
-from align.ppo.roles import Roles
 
 SHAPE = {
     "vocab_size": 40,
@@ -124,9 +125,8 @@ def test_a_sequence_does_not_see_its_neighbours():
 def test_the_window_mask_of_one_segment_by_hand():
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, 6, 4) for _ in range(3))
-    edges = torch.tensor([0, 6], dtype=torch.int32)
     found, weights = segment_attention(
-        None, query, key, value, None, scaling=0.5, sliding_window=3, cu_seq_lens_q=edges
+        None, query, key, value, None, scaling=0.5, sliding_window=3, segments=[Segment(6)]
     )
     assert weights is None
     scores = query @ key.transpose(2, 3) * 0.5
