@@ -22,7 +22,7 @@ import yaml
 
 from align.config.sections import StageConfig
 from align.durable import free_name, read_json, rename, sync_tree, write_json, write_text
-from align.environment import SECRET, environment, is_main, scrub, world_size
+from align.environment import SECRET, environment, is_main, keep_freed_memory, scrub, world_size
 from align.errors import AlignError, fail
 from align.launch import check_world
 from align.lineage import (
@@ -435,6 +435,7 @@ def run_stage(
             folder.trace("stages", dict(inputs))
         if folder.attempt > 1 and not quiet and folder.is_main:
             say(f"{name}: going on with {folder.path} (attempt {folder.attempt})")
+        keep_freed_memory()
         return _run_in(folder)
 
 
