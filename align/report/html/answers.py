@@ -168,7 +168,9 @@ def side_by_side(run: Run, exam: Exam, answers: Answers) -> SideBySide:
         found = []
         for label in labels:
             sheet = answers.sheet(label, at)
-            row = next((r for r in sheet.rows if r["prompt_index"] == index), None) if sheet else None
+            row = (
+                next((r for r in sheet.rows if r["prompt_index"] == index), None) if sheet else None
+            )
             text = texts.get((label, at, index))
             if row is None or text is None:
                 continue
@@ -220,9 +222,7 @@ def _compared_with(run: Run, exam: Exam, label: str, labels: Sequence[str]) -> s
 
 
 def _facts(row: Mapping[str, Any]) -> str:
-    parts = [
-        f"{name} {number(row[name])}" for name in ("score", "reward") if row[name] is not None
-    ]
+    parts = [f"{name} {number(row[name])}" for name in ("score", "reward") if row[name] is not None]
     return " · ".join([*parts, f"{row['tokens']} tokens"])
 
 
@@ -255,8 +255,8 @@ def marks(old: str, new: str) -> Markup:
     before, after = (WORDS.findall(clean(_cut(text))) for text in (old, new))
     if max(len(before), len(after)) > MOST_WORDS:
         return _shown(new)
-    keys = ([word.strip() for word in words] for words in (before, after))
-    match = difflib.SequenceMatcher(None, *keys, autojunk=False)
+    keys = [[word.strip() for word in words] for words in (before, after)]
+    match = difflib.SequenceMatcher(None, keys[0], keys[1], autojunk=False)
     if match.ratio() < ALIKE:
         return _shown(new)
     parts = []

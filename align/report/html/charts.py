@@ -89,9 +89,7 @@ def growth(stage: Stage) -> Markup | None:
         return None
     lines = {key: [(math.log2(row["n"]), row[key]) for row in rows] for key in ("max", "median")}
     values = [value for points in lines.values() for _, value in points]
-    frame = Frame.around(
-        [0.0, math.log2(rows[-1]["n"])], values, "samples per prompt (N)", "score"
-    )
+    frame = Frame.around([0.0, math.log2(rows[-1]["n"])], values, "samples per prompt (N)", "score")
     parts = []
     for row in rows:
         x = frame.x(math.log2(row["n"]))
@@ -235,11 +233,14 @@ def frontier(run: Run, exam: Exam, colours: Mapping[str, str]) -> tuple[Markup, 
         notes.append(f"thin line: `{name}` while it trained, on its training prompts")
     if len(best) > 1:
         parts.append(path(map(frame.at, best), "line s6 d1"))
-        notes.append("dashed: the best of N samples of the reference, on the prompts it was drawn for")
+        notes.append(
+            "dashed: the best of N samples of the reference, on the prompts it was drawn for"
+        )
     for name, (kl, reward) in spots.items():
         parts += _spot(frame, name, kl, reward, colours.get(name, "s6"))
     said = ", ".join(
-        f"{name} reward {number(r['mean'])} at KL {number(k['mean'])}" for name, (k, r) in spots.items()
+        f"{name} reward {number(r['mean'])} at KL {number(k['mean'])}"
+        for name, (k, r) in spots.items()
     )
     return frame.draw(f"reward against KL: {said}", *parts), notes
 

@@ -143,4 +143,6 @@ def _curve(panel: Panel, lines: Sequence[tuple[str, list[Point]]]) -> Curve:
         drawn.append(dot(*frame.at(few[-1]), f"mark s{place}", said, 3.0))
         legend.append((f"s{place} d{place}", name, number(last)))
     shown = ", ".join(f"{name} ends at {value}" for _, name, value in legend)
-    return Curve(panel.title, panel.unit, frame.draw(f"{panel.title}: {shown}", *drawn), tuple(legend))
+    return Curve(
+        panel.title, panel.unit, frame.draw(f"{panel.title}: {shown}", *drawn), tuple(legend)
+    )

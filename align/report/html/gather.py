@@ -20,14 +20,13 @@ from align.errors import fail
 from align.lineage import Identity
 from align.report.html.metrics import Metrics, read_metrics
 from align.resources import display
+from align.runs import ORIGINS_FILE
 from align.stages import STAGES
 from align.standing import standing
 from align.status import PARTIAL, PIPELINE_FILE
 from align.views import value_rows
 
 State = Literal["complete", "changed", "damaged", "failed", "partial", "missing", "off"]
-
-ORIGINS_FILE = "origins.json"
 
 
 class Setting(NamedTuple):
@@ -224,8 +223,9 @@ def _single(home: Path) -> Run:
     left = _hashes(_mapping(home / "lineage.json")) - {"None"}
     for place in beside:
         lineage = _mapping(place / "lineage.json")
-        shas = {facts.get("sha256") for facts in lineage.get("inputs", [])}
-        if lineage.get("stage") == "eval" and "outputs" in lineage and left & shas:
+        inputs = lineage.get("inputs", [])
+        models = {i.get("sha256") for i in inputs if str(i.get("key")).startswith("models.")}
+        if lineage.get("stage") == "eval" and "outputs" in lineage and left & models:
             order += [place] if place not in order else []
     names = {place: PARTIAL.sub("", place.name) for place in order}
     stages = tuple(_stage_of_run(place, names) for place in order)
@@ -245,13 +245,13 @@ def _way(home: Path, beside: list[Path], seen: dict[Path, None]) -> Iterator[Pat
 def _parents(home: Path, beside: list[Path]) -> Iterator[tuple[str, Path]]:
     """Key and run folder of every input that a run of align left, found by content.
 
-    Looked for where the input lay, and beside this run, in case that both were moved.
+    Looked for beside this run first, in case that both were copied, then where the input lay.
     """
     for facts in _mapping(home / "lineage.json").get("inputs", []):
         if "sha256" not in facts:
             continue
         given = Path(str(facts.get("path")))
-        for place in (given, *given.parents[:3], *beside):
+        for place in (*beside, given, *given.parents[:3]):
             if place != home and facts["sha256"] in _hashes(_mapping(place / "lineage.json")):
                 yield str(facts.get("key")), place
                 break

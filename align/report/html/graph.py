@@ -54,7 +54,10 @@ def lineage(run: Run, facts: Mapping[str, Sequence[str]]) -> Markup | None:
     wide = max(x for x, _, _ in spots.values()) + WIDTH + 2
     high = max(y + height for _, y, height in spots.values()) + 2
     arrows = [_arrow(edge, column, spots) for edge in edges]
-    nodes = [_node(stage, spots[name, column[name]], facts.get(name, ())) for name, stage in stages.items()]
+    nodes = [
+        _node(stage, spots[name, column[name]], facts.get(name, ()))
+        for name, stage in stages.items()
+    ]
     return tag(
         "svg",
         _head(),
@@ -71,7 +74,9 @@ def lineage(run: Run, facts: Mapping[str, Sequence[str]]) -> Markup | None:
 
 def _edges(stages: Mapping[str, Stage]) -> list[_Edge]:
     """Who was built on whom. An evaluation reads all it compares: only its nearest are drawn."""
-    needs = {name: [need for need in stage.needs if need in stages] for name, stage in stages.items()}
+    needs = {
+        name: [need for need in stage.needs if need in stages] for name, stage in stages.items()
+    }
 
     def above(name: str) -> set[str]:
         return {name}.union(*(above(need) for need in needs[name]))
@@ -131,7 +136,7 @@ def _places(
         return HEIGHT if column.get(slot[0]) == slot[1] else THIN
 
     sizes = [sum(map(height, group)) + DOWN * (len(group) - 1) for group in slots]
-    found = {}
+    found: dict[Slot, tuple[float, float, float]] = {}
     for at, group in enumerate(slots):
         y = 1 + (max(sizes) - sizes[at]) / 2
         for slot in group:

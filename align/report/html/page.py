@@ -6,9 +6,9 @@ visible before that, and the page's own policy allows no script, no request and 
 
 import re
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from align import __version__
 from align.environment import SECRET
 from align.report.html import charts
 from align.report.html.answers import Answers, SideBySide, read_answers, side_by_side
-from align.report.html.cost import cost
+from align.report.html.cost import Cost, cost
 from align.report.html.curves import FIRST, curves
 from align.report.html.gather import Run, Stage, short_path
 from align.report.html.graph import MARKS, lineage, node_facts
@@ -45,8 +45,15 @@ def render(run: Run, stamp: str) -> str:
     """
     style = (HERE / "page.css").read_text(encoding="utf-8")
     digest = b64encode(sha256(style.encode()).digest()).decode()
-    page = _environment().get_template("page.html").render(
-        _context(run), stamp=stamp, style=Markup(style), style_digest=digest  # noqa: S704 - our file
+    page = (
+        _environment()
+        .get_template("page.html")
+        .render(
+            _context(run),
+            stamp=stamp,
+            style=Markup(style),
+            style_digest=digest,
+        )
     )
     # What is hidden in an escape or an attribute by a way nobody thought of ends here.
     return sanitise(SECRET.sub("&lt;secret&gt;", page))
@@ -78,7 +85,7 @@ def _shown(value: Any) -> Any:
 def ticked(text: str) -> Markup:
     """Text whose `names` are set as code."""
     safe = str(escape(clean(text)))
-    return Markup(TICKED.sub(r"<code>\1</code>", safe))  # noqa: S704 - escaped in the line above
+    return Markup(TICKED.sub(r"<code>\1</code>", safe))
 
 
 def _value(value: Any) -> str:
@@ -105,30 +112,48 @@ class Card:
 
 
 def _context(run: Run) -> dict[str, Any]:
-    measured = exams(run)
+    """Every section. One whose file is broken is left out, and the page says so."""
+    broken: list[str] = []
+
+    def section(name: str, draw: Callable[[], Any], nothing: Any = None) -> Any:
+        try:
+            return draw()
+        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            broken.append(f"{name} cannot be drawn ({type(error).__name__}: {error})")
+            return nothing
+
+    measured = section("the scores", lambda: exams(run), [])
     exam = measured[-1] if measured else None
-    colour = colours(exam) if exam else {}
-    answers: Answers | str = read_answers(exam) if exam else "no evaluation left results"
-    return {
+    colour = section("the colours", lambda: colours(exam), {}) if exam else {}
+    answers: Answers | str = "no evaluation left results"
+    if exam:
+        answers = section("the answers", lambda: read_answers(exam), "they cannot be read")
+    shown = [stage for stage in run.stages if stage.state != "off"]
+    found = {
         "version": __version__,
         "run": run,
-        "verdict": verdict(run, exam),
         "exam": exam,
-        "findings": findings(run, exam),
-        "race": race(exam) if exam else None,
         "marks": MARKS,
-        "lineage": lineage(run, {stage.name: node_facts(stage) for stage in run.stages}),
-        "tasks": task_table(exam, colour) if exam else None,
-        "side_by_side": _side_by_side(run, exam, answers),
-        "distributions": list(_distributions(run, exam, answers, colour)),
-        "samples": list(_samples(run)),
-        "rewards": list(_rewards(run)),
-        "stages": [_stage(stage) for stage in run.stages if stage.state != "off"],
         "first_curves": FIRST,
+        "verdict": section("the verdict", lambda: verdict(run, exam)) or verdict(run, None),
+        "findings": section("the findings", lambda: findings(run, exam), []),
+        "race": section("the scores", lambda: race(exam)) if exam else None,
+        "lineage": section(
+            "the lineage", lambda: lineage(run, {s.name: node_facts(s) for s in run.stages})
+        ),
+        "tasks": section("the tasks", lambda: task_table(exam, colour)) if exam else None,
+        "side_by_side": section("the answers", lambda: _side_by_side(run, exam, answers)),
+        "distributions": section(
+            "the distributions", lambda: list(_distributions(run, exam, answers, colour)), []
+        ),
+        "samples": section("the samples", lambda: list(_samples(run)), []),
+        "rewards": section("the reward model", lambda: list(_rewards(run)), []),
+        "stages": [one for stage in shown if (one := section(stage.name, partial(_stage, stage)))],
         "recipe": [_recipe(stage) for stage in run.stages if stage.settings],
-        "cost": cost(run),
-        "gaps": list(_gaps(run, exam, answers)),
+        "cost": section("the cost", lambda: cost(run)) or Cost((), 0.0, 0, (), ()),
     }
+    gaps = section("what is missing", lambda: list(_gaps(run, exam, answers)), [])
+    return found | {"gaps": [*gaps, *dict.fromkeys(broken)]}
 
 
 def _side_by_side(run: Run, exam: Exam | None, answers: Answers | str) -> SideBySide | None:

@@ -64,7 +64,9 @@ def colours(exam: Exam) -> dict[str, str]:
 
 def race(exam: Exam) -> Race | None:
     """The chart, or None where the evaluation has no value to draw."""
-    values = [v for label in exam.labels for at in exam.temperatures if (v := exam.value(label, at))]
+    values = [
+        v for label in exam.labels for at in exam.temperatures if (v := exam.value(label, at))
+    ]
     if not values:
         return None
     bounds = [float(value[side]) for value in values for side in ("low", "high")]
@@ -86,7 +88,12 @@ def _lane(
         return 100 * (value - span[0]) / (span[1] - span[0])
 
     grid = [_stroke(place(mark), 0, place(mark), HEIGHT, "grid") for mark in marks]
-    shapes = [shape for at, (_, value) in enumerate(rows) if value for shape in _mark(value, at, len(rows), colour, place)]
+    shapes = [
+        shape
+        for at, (_, value) in enumerate(rows)
+        if value
+        for shape in _mark(value, at, len(rows), colour, place)
+    ]
     image = tag(
         "svg",
         tag("title", f"{label}: {said}"),

@@ -73,7 +73,9 @@ def _cell(row: Mapping[str, Any], task: str) -> TaskCell:
     title = interval(found)
     direction = ""
     if change:
-        title += f"; change {signed(change['mean'])} [{signed(change['low'])}, {signed(change['high'])}]"
+        title += (
+            f"; change {signed(change['mean'])} [{signed(change['low'])}, {signed(change['high'])}]"
+        )
         direction = "up" if change["low"] > 0 else "down" if change["high"] < 0 else ""
     return TaskCell(f"{found['mean']:.2f}", title, direction)
 

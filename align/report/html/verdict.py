@@ -137,9 +137,7 @@ def verdict(run: Run, exam: Exam | None) -> Verdict:
     final, base = exam.final, exam.baseline
     changes = [(at, change) for at in exam.temperatures if (change := exam.change(final, at))]
     if base is None or final == base or not changes:
-        values = [(at, value) for at in exam.temperatures if (value := exam.value(final, at))]
-        told = ", ".join(f"{interval(value)} {temperature(at)}" for at, value in values)
-        return Verdict("unknown", f"`{final}` was measured, and compared with nothing", told)
+        return _alone(exam)
     outcome = _outcome([change for _, change in changes])
     words = {
         "better": "It worked: `{final}` beats `{base}`",
@@ -147,7 +145,7 @@ def verdict(run: Run, exam: Exam | None) -> Verdict:
         "mixed": "Mixed: `{final}` beats `{base}` in some settings and loses in others",
         "same": "No clear difference between `{final}` and `{base}`",
     }
-    at, first = changes[0]
+    at = changes[0][0]
     before, after = exam.value(base, at), exam.value(final, at)
     head = words[outcome].format(final=final, base=base)
     if before and after and outcome != "mixed":
@@ -163,6 +161,21 @@ def verdict(run: Run, exam: Exam | None) -> Verdict:
         head,
         f"{n} held-out prompts, {what}. Paired difference on the same prompts, "
         f"{percent(level)} interval: {told}.",
+    )
+
+
+def _alone(exam: Exam) -> Verdict:
+    """A model that is compared with nothing."""
+    values = [(at, value) for at in exam.temperatures if (value := exam.value(exam.final, at))]
+    told = ", ".join(f"{interval(value)} {temperature(at)}" for at, value in values)
+    why = (
+        "the others are compared with it"
+        if exam.baseline == exam.final
+        else "the evaluation names no baseline to compare it with"
+    )
+    n = exam.results.get("prompts")
+    return Verdict(
+        "unknown", f"`{exam.final}`: {exam.part} {told}", f"{n} held-out prompts; {why}."
     )
 
 
@@ -192,6 +205,9 @@ def _unmeasured(run: Run) -> Verdict:
     if missing:
         head = f"Part of the way: {len(complete)} of {len(complete) + len(missing)} stages have run"
         return Verdict("stopped", head, f"Still to run: {', '.join(missing)}.")
+    told = _of_target(run)
+    if told is not None:
+        return told
     evaluated = any(stage.kind == "eval" for stage in run.stages)
     why = (
         "the evaluation left no results"
@@ -199,7 +215,30 @@ def _unmeasured(run: Run) -> Verdict:
         else "no evaluation is part of it: `align eval` makes one"
     )
     name = run.target or run.title
-    return Verdict("unknown", f"`{name}` is complete; whether it got better is not known", f"{why}.")
+    return Verdict(
+        "unknown", f"`{name}` is complete; whether it got better is not known", f"{why}."
+    )
+
+
+def _of_target(run: Run) -> Verdict | None:
+    """What a run that leaves no policy says of itself."""
+    stage = run.stage(run.target or "")
+    report = stage.artifact("reward_report.json") if stage else {}
+    accuracy = report.get("accuracy") or {}
+    if stage and accuracy.get("value") is not None:
+        head = f"`{stage.name}` orders {percent(accuracy['value'])} of the pairs rightly"
+        outcome: Outcome = "better" if (accuracy.get("low") or 0.0) > 0.5 else "worse"
+        what = f"{accuracy.get('pairs')} pairs, {report.get('pairs_from')}"
+        return Verdict(outcome, head, f"Accuracy {interval(accuracy)}; {what}. A coin has 0.5.")
+    growth = stage.artifact("report.json").get("growth") if stage else None
+    if stage and growth:
+        last = growth[-1]
+        head = (
+            f"`{stage.name}`: best of {last['n']} scores {last['max']:.3f}, one {last['mean']:.3f}"
+        )
+        count = stage.artifact("report.json").get("completions")
+        return Verdict("unknown", head, f"{count:,} samples; whether they teach well shows later.")
+    return None
 
 
 # --- what to know ----------------------------------------------------------------------------
@@ -292,7 +331,9 @@ def _of_exam(exam: Exam) -> Iterator[Finding]:
 def _endings(exam: Exam) -> Iterator[Finding]:
     """The share of answers that end their turn."""
     rows = [(at, exam.row(exam.final, at)) for at in exam.temperatures]
-    ended = [(at, share) for at, row in rows if (share := _at(row or {}, "ended", "mean")) is not None]
+    ended = [
+        (at, share) for at, row in rows if (share := _at(row or {}, "ended", "mean")) is not None
+    ]
     if ended:
         few = min(share for _, share in ended) < ENDED
         told = ", ".join(f"{percent(share)} {temperature(at)}" for at, share in ended)

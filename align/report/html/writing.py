@@ -13,6 +13,7 @@ from align.durable import write_text
 from align.errors import fail
 from align.report.html.gather import Run, gather
 from align.resources import display
+from align.runs import ORIGINS_FILE
 from align.status import PIPELINE_FILE
 
 NAME = "report.html"
@@ -24,7 +25,7 @@ STAMP = re.compile(r'<meta name="align-report" content="([0-9a-f]{64})">')
 
 MADE_OF = (
     *("lineage.json", "summary.json", "environment.json", "metrics.jsonl", "recipe.yaml"),
-    "origins.json",
+    ORIGINS_FILE,
 )
 """Files of a run folder that the page is made of; the artifact's hashes stand in lineage.json."""
 
