@@ -11,9 +11,9 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from align.report.html.exam import Exam
 from align.report.html.gather import Run
 from align.report.html.text import clean, number
-from align.report.html.verdict import Exam
 
 SHOWN = 8
 """Prompts whose answers are shown, spread evenly over the tasks."""
@@ -59,9 +59,7 @@ class Answers:
     @cached_property
     def prompts(self) -> dict[int, tuple[str, str]]:
         """Index of a prompt -> its text and its task."""
-        import pyarrow.parquet as parquet
-
-        table = parquet.read_table(self.file, columns=["prompt_index", "prompt", "row"])
+        table = _columns(self.file, "prompt_index", "prompt", "row")
         found: dict[int, tuple[str, str]] = {}
         columns = (table.column(name).to_pylist() for name in table.schema.names)
         for index, prompt, row in zip(*columns, strict=True):
@@ -71,15 +69,12 @@ class Answers:
 
     def texts(self, indices: Sequence[int]) -> dict[tuple[str, float, int], str]:
         """Label, temperature and prompt -> the answer, for some prompts."""
-        import pyarrow.parquet as parquet
-
-        columns = ["model", "temperature", "best_of", "prompt_index", "answer"]
-        rows = parquet.read_table(
-            self.file, columns=columns, filters=[("prompt_index", "in", list(indices))]
-        ).to_pylist()
+        names = ("model", "temperature", "best_of", "prompt_index", "answer")
+        wanted = {*indices}
         return {
             (_label(row), float(row["temperature"]), row["prompt_index"]): str(row["answer"])
-            for row in rows
+            for row in _columns(self.file, *names).to_pylist()
+            if row["prompt_index"] in wanted
         }
 
 
@@ -89,10 +84,9 @@ def read_answers(exam: Exam) -> Answers | str:
     if not file.is_file():
         return "the evaluation's answers.parquet is not there"
     import pyarrow as arrow
-    import pyarrow.parquet as parquet
 
     try:
-        rows = parquet.read_table(file, columns=list(COLUMNS)).to_pylist()
+        rows = _columns(file, *COLUMNS).to_pylist()
     except (OSError, arrow.ArrowException) as error:
         return f"the evaluation's answers.parquet cannot be read ({type(error).__name__})"
     grouped: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
@@ -100,6 +94,14 @@ def read_answers(exam: Exam) -> Answers | str:
         grouped.setdefault((_label(row), float(row["temperature"])), []).append(row)
     sheets = tuple(Sheet(*key, tuple(found)) for key, found in grouped.items())
     return Answers(file, sheets)
+
+
+def _columns(file: Path, *names: str) -> Any:
+    # `read_table` would import pandas, which takes longer than drawing the page.
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(file) as opened:
+        return opened.read(columns=list(names))
 
 
 def _label(row: Mapping[str, Any]) -> str:

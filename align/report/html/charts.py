@@ -7,6 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from align.report.html.answers import Sheet
+from align.report.html.exam import Exam
 from align.report.html.gather import Run, Stage
 from align.report.html.metrics import thinned
 from align.report.html.svg import (
@@ -22,7 +23,6 @@ from align.report.html.svg import (
     wide,
 )
 from align.report.html.text import interval, number
-from align.report.html.verdict import Exam
 
 BINS = 36
 FAR = 4.0

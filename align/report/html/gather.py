@@ -192,7 +192,7 @@ def _state(home: Path, output: Path, failure: str | None) -> tuple[State, tuple[
     lineage = _mapping(home / "lineage.json")
     if home == output and "outputs" in lineage:
         found = standing(output, Identity({}, lineage.get("parts", {})))
-        return ("complete", ()) if found.state == "unchanged" else ("damaged", found.reasons)
+        return ("damaged", found.reasons) if found.state == "damaged" else ("complete", ())
     if failure:
         return "failed", (failure,)
     if lineage:

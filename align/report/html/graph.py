@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -105,14 +106,14 @@ def _slots(
     slots: list[list[Slot]] = [[] for _ in range(max(column.values()) + 1)]
     for name in stages:
         slots[column[name]].append((name, column[name]))
-    links = []
+    links: list[tuple[Slot, Slot]] = []
     for edge in edges:
         way: list[Slot] = [(edge.source, column[edge.source])]
         for between in range(column[edge.source] + 1, column[edge.target]):
             way.append((f"{edge.source} > {edge.target}", between))
             slots[between].append(way[-1])
         way.append((edge.target, column[edge.target]))
-        links += list(zip(way, way[1:], strict=False))
+        links += pairwise(way)
     return slots, links
 
 

@@ -22,12 +22,14 @@ from align.report.html import charts
 from align.report.html.answers import Answers, SideBySide, read_answers, side_by_side
 from align.report.html.cost import Cost, cost
 from align.report.html.curves import FIRST, curves
+from align.report.html.exam import Exam, exams
+from align.report.html.findings import findings
 from align.report.html.gather import Run, Stage, short_path
 from align.report.html.graph import MARKS, lineage, node_facts
 from align.report.html.race import colours, race
 from align.report.html.tasks import task_table
 from align.report.html.text import clean, interval, number, percent, signed, temperature
-from align.report.html.verdict import Exam, exams, findings, verdict
+from align.report.html.verdict import verdict
 from align.report.progress import duration, short
 from align.report.terminal import sanitise
 
@@ -152,6 +154,10 @@ def _context(run: Run) -> dict[str, Any]:
         "recipe": [_recipe(stage) for stage in run.stages if stage.settings],
         "cost": section("the cost", lambda: cost(run)) or Cost((), 0.0, 0, (), ()),
     }
+    sections = ("tasks", "distributions", "rewards", "samples")
+    anchors = {{"rewards": "reward-model"}.get(name, name) for name in sections if found[name]}
+    anchors |= {"lengths", "frontier"} if found["distributions"] else set()
+    found["anchors"] = anchors | {f"stage-{stage.name}" for stage in shown}
     gaps = section("what is missing", lambda: list(_gaps(run, exam, answers)), [])
     return found | {"gaps": [*gaps, *dict.fromkeys(broken)]}
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from align.report.html.exam import Exam, Row
 from align.report.html.svg import tag, ticks, wide
-from align.report.html.text import interval, number, signed, temperature
-from align.report.html.verdict import Exam, Row
+from align.report.html.text import interval, number, p_value, signed, temperature
 
 HEIGHT = 40
+"""Of a row; it is 100 wide, with 3 more on each side for the dots at the ends."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _lane(
         tag("title", f"{label}: {said}"),
         *grid,
         *shapes,
-        viewBox=f"0 0 100 {HEIGHT}",
+        viewBox=f"-3 0 106 {HEIGHT}",
         preserveAspectRatio="none",
         class_="lane",
         role="img",
@@ -135,5 +136,4 @@ def _cell(exam: Exam, label: str, at: float) -> Cell | None:
     if change is None:
         return Cell(mean, bounds, "", "", "flat")
     direction = "up" if change["low"] > 0 else "down" if change["high"] < 0 else "flat"
-    p = "p < .001" if change["p"] < 0.001 else f"p = {change['p']:.3f}".replace("0.", ".")
-    return Cell(mean, bounds, signed(change["mean"]), p, direction)
+    return Cell(mean, bounds, signed(change["mean"]), p_value(change), direction)

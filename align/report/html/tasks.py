@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from align.report.html.exam import Exam
 from align.report.html.text import interval, signed, temperature
-from align.report.html.verdict import Exam
 
 
 @dataclass(frozen=True)

@@ -66,3 +66,8 @@ def interval(found: Mapping[str, Any] | None) -> str:
 def temperature(at: float) -> str:
     """`greedy` or `at T = 1`."""
     return f"at T = {at:g}" if at else "greedy"
+
+
+def p_value(change: Mapping[str, Any]) -> str:
+    """`p < .001` or `p = .042`."""
+    return "p < .001" if change["p"] < 0.001 else f"p = {change['p']:.3f}".replace("0.", ".", 1)
