@@ -22,7 +22,7 @@ from align.report.html.svg import (
     ticks,
     wide,
 )
-from align.report.html.text import interval, number
+from align.report.html.text import cut, interval, number
 
 BINS = 36
 FAR = 4.0
@@ -60,7 +60,7 @@ def ridges(
         parts += [
             path(outline, f"area {colour}", close=True),
             line(x(mean), base - height - 2, x(mean), base + 3, f"mean {colour}"),
-            label(left - 8, base - 12, _short(who), anchor="end", kind="who"),
+            label(left - 8, base - 12, cut(who, 13), anchor="end", kind="who"),
             label(left - 8, base + 1, number(mean), anchor="end"),
         ]
     said = ", ".join(f"{who} mean {number(float(np.mean(values)))}" for who, values in found)
@@ -76,10 +76,6 @@ def _under(x: Scale, bottom: float, name: str) -> Markup:
         ]
     parts.append(label(x.last, bottom + 30, name, anchor="end", kind="name"))
     return Markup("").join(parts)
-
-
-def _short(text: str, most: int = 13) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def growth(stage: Stage) -> Markup | None:

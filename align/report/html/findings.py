@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from align.report.html.exam import Exam, dig
 from align.report.html.gather import Run, Stage
-from align.report.html.text import interval, percent, points, signed, temperature
+from align.report.html.text import cut, interval, percent, points, signed, temperature
 
 Level = Literal["bad", "warn", "note", "good"]
 
@@ -13,6 +13,8 @@ ENDED = 0.95
 """Share of answers that end their turn below which a reader is told."""
 LONGER = 1.5
 """Growth of the mean length from which a reader is told."""
+LONGEST = 240
+"""Characters of a finding."""
 LOST_ROWS = 0.05
 """Share of rows dropped or cut from which a reader is told."""
 CALIBRATED = 0.1
@@ -34,7 +36,8 @@ def findings(run: Run, exam: Exam | None) -> list[Finding]:
     if exam is not None and exam.final is not None:
         found += _of_exam(exam)
     order = ("bad", "warn", "note", "good")
-    return sorted(dict.fromkeys(found), key=lambda finding: order.index(finding.level))
+    short = [found._replace(text=cut(found.text, LONGEST)) for found in found]
+    return sorted(dict.fromkeys(short), key=lambda finding: order.index(finding.level))
 
 
 def _of_stages(run: Run) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from align.report.html.gather import Run, Stage
 from align.report.html.svg import label, tag
-from align.report.html.text import number
+from align.report.html.text import cut, number
 from align.report.progress import duration
 
 WIDTH, HEIGHT, ACROSS, DOWN, THIN = 148, 62, 46, 16, 10
@@ -176,7 +176,7 @@ def _head() -> Markup:
 
 def _node(stage: Stage, spot: tuple[float, float, float], facts: Sequence[str]) -> Markup:
     x, y, _ = spot
-    lines = [_fit(stage.name, 14), *(_fit(fact, 23) for fact in facts[:2])]
+    lines = [cut(stage.name, 14), *(cut(fact, 23) for fact in facts[:2])]
     title = "; ".join([f"{stage.name}: {stage.state}", *facts, *stage.reasons])
     return tag(
         "a",
@@ -188,10 +188,6 @@ def _node(stage: Stage, spot: tuple[float, float, float], facts: Sequence[str]) 
         href=f"#stage-{stage.name}",
         class_=f"state-{stage.state}",
     )
-
-
-def _fit(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def node_facts(stage: Stage) -> tuple[str, str]:

@@ -15,6 +15,11 @@ def clean(text: str) -> str:
     return sanitise(scrub(text))
 
 
+def cut(text: str, most: int) -> str:
+    """Text that is no longer than `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """`0.612`, `1,234`, `1.2e-05`: as many digits as matter, with a typographic minus."""
     if value is None:
