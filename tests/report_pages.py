@@ -63,10 +63,21 @@ class Folder:
             "fingerprint": f"print of {name}",
             "parts": {"stage": kind},
             "inputs": [
-                {"key": "reward_model" if need == "reward" else f"models.{need}", "path": f"/gone/far/{need}", "sha256": f"artifact of {need}"}
+                {
+                    "key": "reward_model" if need == "reward" else f"models.{need}",
+                    "path": f"/gone/far/{need}",
+                    "sha256": f"artifact of {need}",
+                }
                 for need in needs
             ]
-            + [{"key": "data[0]", "path": f"/gone/far/{self.text}.jsonl", "kind": "data", "rows": 9}],
+            + [
+                {
+                    "key": "data[0]",
+                    "path": f"/gone/far/{self.text}.jsonl",
+                    "kind": "data",
+                    "rows": 9,
+                }
+            ],
             "data": {"train": {"rows": 100, "kept": 100}},
         }
         if finished:
@@ -235,7 +246,9 @@ def rollouts(text: str, steps: int = 20) -> list[dict[str, Any]]:
     return [*found[:18], alarm, *found[18:]]
 
 
-GROWTH = [{"n": n, "mean": 0.1, "median": 0.1, "max": 0.1 + 0.2 * at} for at, n in enumerate((1, 2, 4, 8))]
+GROWTH = [
+    {"n": n, "mean": 0.1, "median": 0.1, "max": 0.1 + 0.2 * at} for at, n in enumerate((1, 2, 4, 8))
+]
 
 SAMPLES = {
     "completions": 80,
@@ -276,9 +289,16 @@ def whole(root: Path, text: str = "plain") -> Path:
     base = {"model": {"model_name_or_path": text}, "data": {"dataset_name": text}}
     start = {"model": {"model_name_or_path": "$sft"}, "data": {"dataset_name": text}}
     trainer = {"trainer": {"learning_rate": 0.003}}
-    folder.stage("sft", "sft", base | trainer, metrics=losses(), origins=origins, summary={"loss": 0.5})
     folder.stage(
-        "reward", "reward", start, needs=["sft"], files={"reward_report.json": REWARD}, metrics=losses()
+        "sft", "sft", base | trainer, metrics=losses(), origins=origins, summary={"loss": 0.5}
+    )
+    folder.stage(
+        "reward",
+        "reward",
+        start,
+        needs=["sft"],
+        files={"reward_report.json": REWARD},
+        metrics=losses(),
     )
     folder.stage(
         "best",

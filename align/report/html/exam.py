@@ -86,9 +86,6 @@ def _exam(run: Run, stage: Stage, results: Mapping[str, Any]) -> Exam:
 
 
 def _final(run: Run, stage: Stage, names: Sequence[str]) -> str | None:
-    """The model that the last training stage made (or the one that was asked for); else the last row's."""
-    made = {source: name for name, source in stage.models.items() if name in names}
-    if run.target in made:
-        return made[run.target]
-    trained = [s.name for s in run.stages if s.kind in ("sft", "dpo", "ppo") and s.name in made]
-    return made[trained[-1]] if trained else (names[-1] if names else None)
+    """The model that was asked for; else the last one of the table, which is in the recipe's order."""
+    asked = [name for name in names if run.target and stage.models.get(name) == run.target]
+    return (asked or names)[-1] if names else None

@@ -94,6 +94,7 @@ def _of_exam(exam: Exam) -> Iterator[Finding]:
     final, base = exam.final, exam.baseline
     yield from _tasks(exam)
     yield from _endings(exam)
+    yield from _higher(exam)
     for at in exam.temperatures:
         row, before = exam.row(final, at), exam.row(base, at)
         if row is None or before is None or row is before:
@@ -113,6 +114,21 @@ def _of_exam(exam: Exam) -> Iterator[Finding]:
     if exam.part == "reward":
         text = "no judge scored the answers: a higher reward alone does not show better answers"
         yield Finding("warn", text, "frontier")
+
+
+def _higher(exam: Exam) -> Iterator[Finding]:
+    """Another trained model that scores higher than the last one."""
+    for at in exam.temperatures:
+        last = exam.value(exam.final, at)
+        others = [
+            (value["mean"], label)
+            for label in exam.labels
+            if (value := exam.value(label, at)) and exam.made_by(label)
+        ]
+        if last and others and max(others)[0] > last["mean"] and max(others)[1] != exam.final:
+            mean, label = max(others)
+            text = f"`{label}` scores higher than `{exam.final}`: {mean:.3f} ({temperature(at)})"
+            yield Finding("note", text, "tasks")
 
 
 def _endings(exam: Exam) -> Iterator[Finding]:

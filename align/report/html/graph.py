@@ -204,7 +204,7 @@ def _figure(stage: Stage) -> str:
     if stage.kind == "sample" and isinstance(summary.get("best_score"), float):
         return f"best of them {number(summary['best_score'])}"
     if stage.kind == "ppo" and isinstance(summary.get("kl"), float):
-        return f"score {number(summary.get('score'))}, KL {number(summary['kl'])}"
+        return f"score {number(summary.get('score'))}, KL {number(summary['kl'], 2)}"
     if stage.kind == "eval" and summary.get("prompts"):
         return f"{summary['prompts']} prompts"
     if isinstance(summary.get("loss"), float):

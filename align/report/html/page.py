@@ -4,6 +4,7 @@ Three locks, each enough alone: every value is escaped by the template engine, i
 visible before that, and the page's own policy allows no script, no request and no style but one.
 """
 
+import json
 import re
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -98,7 +99,7 @@ def _value(value: Any) -> str:
         return "{" + ", ".join(f"{key}: {_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_value, value)) + "]"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value))
+    return json.dumps(value, default=str)
 
 
 # --- what the template gets ------------------------------------------------------------------

@@ -33,15 +33,9 @@ def verdict(run: Run, exam: Exam | None) -> Verdict:
     if base is None or final == base or not changes:
         return _alone(exam)
     outcome = _outcome([change for _, change in changes])
-    words = {
-        "better": "It worked: `{final}` beats `{base}`",
-        "worse": "It did not work: `{final}` is worse than `{base}`",
-        "mixed": "Mixed: `{final}` beats `{base}` in some settings and loses in others",
-        "same": "No clear difference between `{final}` and `{base}`",
-    }
+    head = _head(outcome, str(final), base, changes)
     at = changes[0][0]
     before, after = exam.value(base, at), exam.value(final, at)
-    head = words[outcome].format(final=final, base=base)
     if before and after and outcome != "mixed":
         head += f", {before['mean']:.3f} → {after['mean']:.3f} {temperature(at)}"
     n, level = exam.results.get("prompts"), exam.results.get("confidence", 0.95)
@@ -74,11 +68,28 @@ def _alone(exam: Exam) -> Verdict:
 
 
 def _outcome(changes: Sequence[Row]) -> Literal["better", "worse", "mixed", "same"]:
+    """Better or worse in every setting, in none, or in some only."""
     wins = sum(change["low"] > 0 for change in changes)
     losses = sum(change["high"] < 0 for change in changes)
-    if wins and losses:
-        return "mixed"
-    return "better" if wins else "worse" if losses else "same"
+    if not wins and not losses:
+        return "same"
+    if len(changes) in (wins, losses):
+        return "better" if wins else "worse"
+    return "mixed"
+
+
+def _head(outcome: Outcome, final: str, base: str, changes: Sequence[tuple[float, Row]]) -> str:
+    if outcome == "better":
+        return f"It worked: `{final}` beats `{base}`"
+    if outcome == "worse":
+        return f"It did not work: `{final}` is worse than `{base}`"
+    if outcome == "same":
+        return f"No clear difference between `{final}` and `{base}`"
+    words = [
+        f"{'better' if c['low'] > 0 else 'worse' if c['high'] < 0 else 'no clear difference'} {temperature(at)}"
+        for at, c in changes
+    ]
+    return f"Mixed: `{final}` against `{base}` is {', '.join(words)}"
 
 
 def _stopped(run: Run, stage: Stage) -> Verdict:

@@ -15,7 +15,19 @@ from align.report.html.gather import gather
 from align.report.html.page import render
 
 TAGS = {
-    *("html", "head", "meta", "title", "style", "body", "header", "nav", "main", "footer", "section"),
+    *(
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "header",
+        "nav",
+        "main",
+        "footer",
+        "section",
+    ),
     *("article", "figure", "figcaption", "p", "h1", "h2", "h3", "h4", "ul", "li", "a", "b", "i"),
     *("bdi", "br", "code", "div", "span", "small", "ins", "del", "details", "summary", "dl", "dt"),
     *("dd", "table", "thead", "tbody", "tfoot", "tr", "th", "td"),
@@ -78,7 +90,9 @@ def test_the_policy_allows_one_style_and_nothing_else(bad: Page) -> None:
 
 def test_nothing_is_asked_of_a_network(bad: Page) -> None:
     assert all(link.startswith("#") for link in bad.attributes("href"))
-    assert not re.search(r"url\((?!#)|@import", re.search("<style>(.*?)</style>", bad.html, re.S)[1])
+    assert not re.search(
+        r"url\((?!#)|@import", re.search("<style>(.*?)</style>", bad.html, re.S)[1]
+    )
     assert all(value == "url(#head)" for value in bad.attributes("marker-end"))
 
 
@@ -111,7 +125,13 @@ def test_every_section_is_there_and_nothing_is_missing(complete: Path) -> None:
     titles = page.within("figcaption")
     for title in ("Rewards, model by model", "Lengths", "Reward against KL", "best: scores"):
         assert title in titles
-    for title in ("best: best of N", "Calibration", "Accuracy by margin", "loss", "KL to the reference"):
+    for title in (
+        "best: best of N",
+        "Calibration",
+        "Accuracy by margin",
+        "loss",
+        "KL to the reference",
+    ):
         assert title in titles
     assert gaps(page).strip().startswith("extra is optional and was not asked for (--with extra)")
     assert "cannot be drawn" not in page.text
@@ -123,8 +143,13 @@ def test_values_have_their_origins(complete: Path) -> None:
     cells = [text for tag, text in page.texts if tag in ("td", "bdi")]
     at = cells.index("trainer.learning_rate")
     assert cells[at + 1 : at + 3] == ["0.003", "pipeline.yaml:12"]
-    at = cells.index("trainer.seed")
-    assert cells[at + 2] == "default"
+    for key, value in (
+        ("trainer.seed", "42"),
+        ("launch.num_processes", "1"),
+        ("lora.use_dora", "false"),
+    ):
+        at = cells.index(key)
+        assert cells[at + 1 : at + 3] == [value, "default"]
 
 
 def test_no_path_of_this_machine_is_shown(complete: Path) -> None:
@@ -253,7 +278,9 @@ def test_an_older_stage_than_what_it_was_built_on(complete: Path) -> None:
 # --- one run ---------------------------------------------------------------------------------
 
 
-def test_one_run_brings_what_it_stands_on_and_who_measured_it(complete: Path, tmp_path: Path) -> None:
+def test_one_run_brings_what_it_stands_on_and_who_measured_it(
+    complete: Path, tmp_path: Path
+) -> None:
     (complete / "pipeline.json").unlink()
     run = gather(complete / "ppo")
     assert [stage.name for stage in run.stages] == ["sft", "reward", "ppo", "eval"]
@@ -288,6 +315,7 @@ def test_an_unfinished_run_by_either_name(tmp_path: Path) -> None:
         ({"sft": 0.7, "ppo": 0.5}, {}, "It did not work: ppo is worse than sft"),
         ({"sft": 0.5, "ppo": 0.51}, {}, "No clear difference between ppo and sft"),
         ({"sft": 0.5}, {}, "sft: score 0.500 [0.480, 0.520] at T = 1"),
+        ({"sft": 0.5, "rs": 0.7, "ppo": 0.6}, {}, "rs scores higher than ppo: 0.700 (at T = 1)"),
     ],
 )
 def test_verdicts(tmp_path: Path, models: dict[str, float], more: dict, head: str) -> None:
@@ -305,6 +333,29 @@ def test_verdicts(tmp_path: Path, models: dict[str, float], more: dict, head: st
     assert page_of(folder.close()).text.count(head) >= 1
 
 
+@pytest.mark.parametrize(
+    ("greedy", "head"),
+    [
+        (0.0, "Mixed: ppo against sft is better at T = 1, no clear difference greedy"),
+        (-0.2, "Mixed: ppo against sft is better at T = 1, worse greedy"),
+    ],
+)
+def test_a_verdict_that_depends_on_the_temperature(
+    tmp_path: Path, greedy: float, head: str
+) -> None:
+    folder = Folder(tmp_path / "runs" / "x")
+    found = results({"sft": 0.5, "ppo": 0.7})
+    found["rows"][3]["difference"]["scores"]["score"] = {
+        "mean": greedy, "low": greedy - 0.1, "high": greedy + 0.1, "p": 0.3, "n": 40,
+    }  # fmt: skip
+    for name in ("sft", "ppo"):
+        folder.stage(name, "sft", {"model": {"model_name_or_path": "base"}})
+    models = {"models": {"sft": "$sft", "ppo": "$ppo"}}
+    needs = ["sft", "ppo"]
+    folder.stage("eval", "eval", models, needs=needs, files={"results.json": found})
+    assert head in page_of(folder.close()).text
+
+
 def test_reward_hacking_is_named(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "runs" / "x")
     models = {"sft": 0.7, "ppo": 0.5}
@@ -318,7 +369,10 @@ def test_reward_hacking_is_named(tmp_path: Path) -> None:
         "eval", "eval", {"models": {"sft": "$sft", "ppo": "$ppo"}}, needs=[*models],
         files={"results.json": found},
     )  # fmt: skip
-    assert "the reward rose while the score fell (at T = 1): reward hacking" in page_of(folder.close()).text
+    assert (
+        "the reward rose while the score fell (at T = 1): reward hacking"
+        in page_of(folder.close()).text
+    )
 
 
 def test_a_whole_hostile_pipeline_has_every_section_too(bad: Page) -> None:

@@ -15,7 +15,9 @@ from align.report.html.writing import write_report
 CHECKOUT = Path(__file__).parents[3]
 
 
-def test_an_unchanged_run_is_not_drawn_again(complete: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unchanged_run_is_not_drawn_again(
+    complete: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = write_report(complete)
     assert file == complete / "report.html"
     before = file.stat().st_mtime_ns
@@ -25,11 +27,15 @@ def test_an_unchanged_run_is_not_drawn_again(complete: Path, monkeypatch: pytest
     assert file.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("name", ["summary.json", "lineage.json", "metrics.jsonl", "environment.json"])
+@pytest.mark.parametrize(
+    "name", ["summary.json", "lineage.json", "metrics.jsonl", "environment.json"]
+)
 def test_a_changed_run_is_drawn_again(complete: Path, name: str) -> None:
     first = write_report(complete).read_text()
     changed = complete / "ppo" / name
-    changed.write_text(changed.read_text() + ("\n" if name != "metrics.jsonl" else str(losses(1)[0])))
+    changed.write_text(
+        changed.read_text() + ("\n" if name != "metrics.jsonl" else str(losses(1)[0]))
+    )
     assert write_report(complete).read_text() != first
 
 
@@ -41,7 +47,9 @@ def test_a_report_can_be_written_elsewhere_and_again(complete: Path, tmp_path: P
     assert write_report(complete, file) == file
 
 
-@pytest.mark.parametrize("content", ["my own page", "<!doctype html><title>mine</title>", "\x00\xff"])
+@pytest.mark.parametrize(
+    "content", ["my own page", "<!doctype html><title>mine</title>", "\x00\xff"]
+)
 def test_what_is_no_report_of_ours_is_never_overwritten(complete: Path, content: str) -> None:
     file = complete / "report.html"
     file.write_text(content)
