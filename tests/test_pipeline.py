@@ -323,6 +323,7 @@ def test_the_report_is_named_last_and_shows_where_values_come_from(place: Place,
     assert capsys.readouterr().out.splitlines()[-1] == line
     page = (place.output / "report.html").read_text()
     assert "pipeline.yaml:9" in page
+    assert "cannot be drawn" not in page
     assert re.search(r"<td>beta</td><td><bdi>0.3</bdi></td><td>--set", page)
     assert place.run("final.beta=0.3") == []
     assert capsys.readouterr().out.splitlines()[-1] == line

@@ -254,7 +254,7 @@ def marks(old: str, new: str) -> Markup:
 
     Texts are made harmless before they are taken apart, so that no mark can break an escape.
     """
-    before, after = (WORDS.findall(clean(_cut(text))) for text in (old, new))
+    before, after = (list(filter(None, WORDS.findall(clean(_cut(text))))) for text in (old, new))
     if max(len(before), len(after)) > MOST_WORDS:
         return _shown(new)
     keys = [[word.strip() for word in words] for words in (before, after)]
@@ -268,8 +268,7 @@ def marks(old: str, new: str) -> Markup:
             parts.append(escape(come))
             continue
         bare = come.lstrip()
-        parts.append(escape(come[: len(come) - len(bare)] or " " * bool(parts and gone.strip())))
-        if gone.strip():
-            parts.append(Markup("<del>{}</del>{}").format(gone.strip(), " " * bool(bare)))
+        parts.append(escape(come[: len(come) - len(bare)]))
+        parts.append(Markup("<del>{}</del>").format(gone.strip()) if gone.strip() else Markup())
         parts.append(Markup("<ins>{}</ins>").format(bare) if bare else Markup())
     return Markup("").join(parts)

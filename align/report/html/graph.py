@@ -209,4 +209,4 @@ def _figure(stage: Stage) -> str:
         return f"{summary['prompts']} prompts"
     if isinstance(summary.get("loss"), float):
         return f"mean loss {number(summary['loss'])}"
-    return stage.reasons[0] if stage.reasons else ""
+    return "not run yet" if stage.state == "missing" else ""

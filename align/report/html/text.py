@@ -48,7 +48,7 @@ def percent(value: float) -> str:
     exact = 100 * value
     rounded = round(exact)
     plain = rounded not in (0, 100) or abs(exact - rounded) < 0.05
-    return f"{exact:.0f} %" if plain else f"{exact:.1f} %"
+    return f"{exact:.0f}\u00a0%" if plain else f"{exact:.1f}\u00a0%"
 
 
 def points(value: float) -> str:

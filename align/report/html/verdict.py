@@ -94,7 +94,10 @@ def _head(outcome: Outcome, final: str, base: str, changes: Sequence[tuple[float
 
 def _stopped(run: Run, stage: Stage) -> Verdict:
     done = [s.name for s in run.stages if s.state in ("complete", "changed")]
-    word = "failed" if stage.state == "failed" else "is unfinished"
+    step = max(stage.metrics.steps, default=None)
+    word = "failed" if stage.state == "failed" else "has begun"
+    if step is not None:
+        word = f"{'failed' if stage.state == 'failed' else 'stands'} at step {step}"
     reason = stage.reasons[0] if stage.reasons else "no reason was recorded"
     stays = f" Complete: {', '.join(done)}." if done else ""
     return Verdict("stopped", f"Not finished: `{stage.name}` {word}", f"{reason}.{stays}")
