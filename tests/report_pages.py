@@ -318,6 +318,7 @@ def whole(root: Path, text: str = "plain") -> Path:
         summary={"alarms": {"kl": 9}, "note": text},
     )
     folder.declare("extra", "sft", start, needs=["sft"], optional=True)
+    scores = MODELS if text == "plain" else {text: 0.3} | MODELS
     models = {name: f"${name}" for name in MODELS if name != "base"} | {"base": text}
     folder.stage(
         "eval",
@@ -325,8 +326,8 @@ def whole(root: Path, text: str = "plain") -> Path:
         {"models": models, "data": {"dataset_name": text}, "judge": "exact"},
         needs=["sft", "rs", "dpo", "ppo", "reward"],
         files={
-            "results.json": results(MODELS, text),
-            "answers.parquet": answers(MODELS, text),
+            "results.json": results(scores, text),
+            "answers.parquet": answers(scores, text),
         },
     )
     return folder.close()

@@ -213,12 +213,13 @@ def _compared_with(run: Run, exam: Exam, label: str, labels: Sequence[str]) -> s
     """The model that a model was trained from, as far as it is in the table; else the one before it."""
     place = labels.index(label)
     row = next((r for r in exam.results["rows"] if r["label"] == label), None)
-    if place == 0 or row is None:
+    ours = exam.stage.models
+    if place == 0 or row is None or (ours and exam.made_by(label) is None):
         return None
     if row.get("best_of") is not None and str(row["model"]) in labels:
         return str(row["model"])
     stage = run.stage(exam.made_by(label) or "")
-    made = {source: name for name, source in exam.stage.models.items()}
+    made = {source: name for name, source in ours.items()}
     parents = [made[need] for need in (stage.needs if stage else ()) if made.get(need) in labels]
     return parents[0] if parents else labels[place - 1]
 

@@ -29,7 +29,7 @@ from align.report.html.gather import Run, Stage, short_path
 from align.report.html.graph import MARKS, lineage, node_facts
 from align.report.html.race import colours, race
 from align.report.html.tasks import task_table
-from align.report.html.text import clean, interval, number, percent, signed, temperature
+from align.report.html.text import clean, cut, interval, number, percent, signed, temperature
 from align.report.html.verdict import verdict
 from align.report.progress import duration, short
 from align.report.terminal import sanitise
@@ -72,7 +72,18 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (number, signed, percent, interval, temperature, duration, short, short_path, ticked)
+    filters = (
+        cut,
+        number,
+        signed,
+        percent,
+        interval,
+        temperature,
+        duration,
+        short,
+        short_path,
+        ticked,
+    )
     made.filters.update({item.__name__: item for item in filters})
     made.filters["value"] = _value
     return made

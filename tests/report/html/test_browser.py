@@ -124,7 +124,7 @@ document.querySelector('iframe').onload = (event) => {{
   const page = event.target.contentDocument, root = page.documentElement;
   for (const one of page.querySelectorAll('details')) one.open = true;
   const over = [...page.querySelectorAll('body *')].filter((item) => {{
-    if (item.closest('.scroll, nav, .said, .turn, svg')) return false;
+    if (item.closest('.scroll, nav, .said, .turn, svg, .race th')) return false;
     return item.getBoundingClientRect().right > root.clientWidth + 1;
   }});
   const names = over.slice(0, 5).map((item) => item.tagName + '.' + item.getAttribute('class'));
