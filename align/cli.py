@@ -297,7 +297,7 @@ def _run_stage_command(
         raise typer.Exit(relaunch(words, loaded.config.launch))
     _tell(loaded)
     make_ready()
-    folder = run_stage(loaded.config, quiet=as_json)
+    folder = run_stage(loaded.config, origins=loaded.origins, quiet=as_json)
     if as_json:
         results = folder / "artifact" / "results.json"
         print_json(json.loads(results.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""The commands around finished runs: runs, merge, push. As light as `cli.py` until they work."""
+"""The commands around finished runs: runs, report, merge, push. As light as `cli.py` until they work."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,5 +113,24 @@ def runs(
     show_status(found, runs=True)
 
 
-COMMANDS: dict[str, Any] = {"runs": runs, "merge": merge, "push": push}
+def report(
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A pipeline's folder, a run folder, or a recipe."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write; report.html in RUN if unset."),
+    ] = None,
+) -> None:
+    """Write what a run did as one HTML file: verdict, curves, answers, recipe, cost. Works offline."""
+    from align.report.html.writing import write_report
+    from align.report.terminal import say
+    from align.resources import display
+    from align.selection import run_folder
+
+    say(display(write_report(run_folder(run), output)), results=True)
+
+
+COMMANDS: dict[str, Any] = {"runs": runs, "report": report, "merge": merge, "push": push}
 """Name -> what it does."""

@@ -17,6 +17,7 @@ from align.config.references import references
 from align.config.sections import StageConfig
 from align.config.suggest import nearest
 from align.durable import free_name, read_json, rename, write_json, write_text
+from align.environment import scrub
 from align.errors import AlignError, Problem, fail
 from align.launch import launched_world, needs_launch, relaunch
 from align.lineage import Identity, identify
@@ -25,7 +26,7 @@ from align.report.progress import duration
 from align.report.tables import key_metrics, show_table, write_table
 from align.report.terminal import say
 from align.resources import display
-from align.runs import output_path, recipe_text, run_stage
+from align.runs import given, output_path, recipe_text, run_stage
 from align.standing import refuse, standing
 from align.status import PIPELINE_FILE, Plan, StageStatus, survey
 from align.stopping import Stopped, stoppable
@@ -62,7 +63,12 @@ def run_pipeline(
             _finish(plan, names, write=not (plan.output / "table.md").exists())
             return plan.output
         with locked(plan.output):
-            _Walk(plan, names, set(force)).go()
+            try:
+                _Walk(plan, names, set(force)).go()
+            except Exception as error:
+                if plan.output.exists() and not isinstance(error, Stopped):
+                    _report(plan.output)  # what there is, and what failed
+                raise
         return plan.output
 
 
@@ -92,6 +98,26 @@ def _finish(plan: Plan, names: Sequence[str], *, write: bool) -> None:
             write_table(plan)
         show_table(plan)
     say(f"everything lies in {display(plan.output)}/")
+    _report(plan.output)
+
+
+def _report(folder: Path) -> None:
+    """Bring the report up to date and say where it is; a run never fails because of its report."""
+    from align.report.html.writing import write_report
+
+    try:
+        file = write_report(folder)
+    except Stopped:
+        raise
+    except Exception as error:
+        if isinstance(error, AlignError):
+            reason = "; ".join(str(problem) for problem in error.problems)
+        else:
+            reason = f"{type(error).__name__}: {error}"
+        say(f"no report: {scrub(reason)}", style="yellow")
+        say(f"    the run is not touched by this; `align report {display(folder)}` tries again")
+        return
+    say(f"report: {display(file)}", results=True)
 
 
 class _Walk:
@@ -111,6 +137,7 @@ class _Walk:
                     "needs": list(plan.needs(name)),
                     "config": config.model_dump(mode="json", exclude_unset=True)
                     | {"output_dir": str(output_path(config))},
+                    "origins": given(plan.origins.get(name, {})),
                 }
                 for name, config in plan.configs.items()
             },
@@ -166,7 +193,7 @@ class _Walk:
             sources = {
                 dotted(found.path): found.stage for found in references(self.plan.configs[name])
             }
-            run_stage(config, name=name, inputs=sources)
+            run_stage(config, name=name, inputs=sources, origins=self.plan.origins.get(name))
             _free_memory()
         summary = read_json(output_path(config) / "summary.json") or {}
         figures = ", ".join(f"{key} {value}" for key, value in key_metrics(summary))

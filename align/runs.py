@@ -52,6 +52,9 @@ SMALLER = (
 )
 """The ways out when memory does not suffice."""
 
+ORIGINS_FILE = "origins.json"
+"""Where each value of the recipe that is no default came from."""
+
 UNSET_MATTERS = (("model", "adapter_mode"), ("launch", "num_processes"))
 """Keys whose default means something else when it is written down."""
 
@@ -64,6 +67,11 @@ def output_path(config: StageConfig) -> Path:
 def partial_path(output: Path) -> Path:
     """Where an unfinished run of that folder lies."""
     return output.with_name(f"{output.name}.partial")
+
+
+def given(origins: Mapping[str, str]) -> dict[str, str]:
+    """The origins of what is no default; access tokens in them are left out."""
+    return {key: scrub(origin) for key, origin in origins.items() if origin != "default"}
 
 
 def recipe_text(config: StageConfig) -> str:
@@ -104,6 +112,7 @@ class RunFolder:
         name: str | None = None,
         quiet: bool = False,
         identity: Identity | None = None,
+        origins: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
         self.stage = str(config.model_dump(include={"stage"})["stage"])
@@ -117,7 +126,7 @@ class RunFolder:
         self._seconds_before = 0.0
         self._started = time.monotonic()
         if self.is_main:
-            self._open(identity or identify(config))
+            self._open(identity or identify(config), origins)
 
     @property
     def artifact(self) -> Path:
@@ -208,7 +217,7 @@ class RunFolder:
             handle.write(scrub(text) + "\n")
         return log
 
-    def _open(self, identity: Identity) -> None:
+    def _open(self, identity: Identity, origins: Mapping[str, str] | None) -> None:
         for folder in (self.artifact, self.checkpoints, self.parts):
             _make_folder(folder)
         kept = read_json(self.path / "lineage.json")
@@ -224,6 +233,8 @@ class RunFolder:
             "inputs": [{"key": key} | facts for key, facts in identity.inputs.items()],
         }
         write_text(self.path / "recipe.yaml", recipe_text(self.config), flush=False)
+        if origins is not None:
+            write_json(self.path / ORIGINS_FILE, given(origins), flush=False)
         write_json(self.path / "environment.json", self._environment(), flush=False)
         write_json(self.path / "lineage.json", self._lineage, flush=False)
         self._write_summary()
@@ -351,7 +362,9 @@ def _examine(config: StageConfig) -> tuple[Identity, bool]:
     return identity, found.state == "unchanged"
 
 
-def _prepare(config: StageConfig, name: str, quiet: bool) -> RunFolder | None:
+def _prepare(
+    config: StageConfig, name: str, quiet: bool, origins: Mapping[str, str] | None
+) -> RunFolder | None:
     """Decide what is to be done at `output_dir`; None when the run is there already.
 
     Raises:
@@ -374,7 +387,7 @@ def _prepare(config: StageConfig, name: str, quiet: bool) -> RunFolder | None:
         # Stopped between the last file and the new name: nothing is left to do but that.
         publish(partial, output)
         return None
-    return RunFolder(config, name=name, quiet=quiet, identity=identity)
+    return RunFolder(config, name=name, quiet=quiet, identity=identity, origins=origins)
 
 
 def _on_main(decide: Callable[[], Result]) -> tuple[Result | None, bool]:
@@ -405,6 +418,7 @@ def run_stage(
     *,
     name: str | None = None,
     inputs: Mapping[str, str] | None = None,
+    origins: Mapping[str, str] | None = None,
     quiet: bool = False,
 ) -> Path:
     """Run one stage, whatever its kind, and return its complete run folder.
@@ -416,6 +430,7 @@ def run_stage(
         config: a stage's config.
         name: what the stage is called in messages (its kind when unset).
         inputs: dotted key -> name of the pipeline stage that the input came from, for lineage.json.
+        origins: dotted key -> where its value came from (`Loaded.origins`), for origins.json.
         quiet: print no notes.
 
     Raises:
@@ -425,7 +440,7 @@ def run_stage(
     name, output = name or stage, output_path(config)
     check_world(config.launch)
     with stoppable(), locked(output) if is_main() else nullcontext():
-        opened, to_do = _on_main(lambda: _prepare(config, name, quiet))
+        opened, to_do = _on_main(lambda: _prepare(config, name, quiet, origins))
         if not to_do:
             if is_main() and not quiet:
                 say(f"{name}: nothing to do, {output} is complete and unchanged")

@@ -100,6 +100,23 @@ def _refuse_no_run(place: str) -> None:
         fail("there is no run yet", where=place, hint=hint)
 
 
+def run_folder(place: str) -> Path:
+    """The folder that is named: a pipeline's, a run's (finished or not), or where a recipe writes.
+
+    Raises:
+        AlignError: nothing has run there, with the command that makes it.
+    """
+    folder = Path(place)
+    if not folder.is_dir() and not folder.with_name(f"{folder.name}.partial").is_dir():
+        _refuse_no_run(place)
+        output = str(read_recipe(place)[0].data.get("output_dir"))
+        folder = Path(output).expanduser()
+        if not folder.is_dir() and not folder.with_name(f"{folder.name}.partial").is_dir():
+            hint = f"`align run {place}` or the stage's own command makes it"
+            fail("there is no run yet", where=output, hint=hint)
+    return folder
+
+
 def states(place: str, sets: Sequence[str], with_stages: Sequence[str]) -> "Sequence[StageStatus]":
     """How the stages of a pipeline (file or folder), or one run, stand."""
     from align.status import PIPELINE_FILE, Plan, run_status, survey

@@ -34,13 +34,16 @@ class Plan:
     """Every stage in order, also the optional ones that do not run."""
     chosen: tuple[str, ...]
     """The stages that run, in order."""
+    origins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Stage -> dotted key -> where its value came from; empty for a plan that was read back."""
 
     @classmethod
     def of(cls, loaded: LoadedPipeline) -> "Plan":
         """The plan of a pipeline file."""
         configs = {name: stage.config for name, stage in loaded.config.stages.items()}
         output = Path(loaded.config.output_dir).expanduser().absolute()
-        return cls(output, str(loaded.path), configs, tuple(loaded.chosen))
+        origins = {name: stage.origins for name, stage in loaded.stages.items()}
+        return cls(output, str(loaded.path), configs, tuple(loaded.chosen), origins)
 
     @classmethod
     def read(cls, folder: Path) -> "Plan":

@@ -201,8 +201,9 @@ def test_eval_prints_results_as_json(align, monkeypatch):
         "stage: eval\noutput_dir: o\nmodels: {a: org/a}\ndataset_name: org/d\njudge: exact\n"
     )
 
-    def run_stage(config, *, quiet):
+    def run_stage(config, *, origins, quiet):
         assert quiet
+        assert origins["judge"] == "e.yaml:5"
         artifact = Path("o/artifact")
         artifact.mkdir(parents=True)
         (artifact / "results.json").write_text('{"rows": [1]}')

@@ -49,6 +49,7 @@ HELP = [
             "run",
             "status",
             "runs",
+            "report",
             "merge",
             "push",
             "show",

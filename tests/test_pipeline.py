@@ -317,6 +317,52 @@ def test_a_killed_pipeline_goes_on(place: Place, how: str, when: str) -> None:
     assert place.run() == []
 
 
+def test_the_report_is_named_last_and_shows_where_values_come_from(place: Place, capsys) -> None:
+    place.run("final.beta=0.3")
+    line = f"report: {place.output}/report.html"
+    assert capsys.readouterr().out.splitlines()[-1] == line
+    page = (place.output / "report.html").read_text()
+    assert "pipeline.yaml:9" in page
+    assert "cannot be drawn" not in page
+    assert re.search(r"<td>beta</td><td><bdi>0.3</bdi></td><td>--set", page)
+    assert place.run("final.beta=0.3") == []
+    assert capsys.readouterr().out.splitlines()[-1] == line
+    assert (place.output / "report.html").read_text() == page
+    kept = read_json(place.output / "final" / "origins.json")
+    assert kept["beta"].startswith("--set")
+    assert "loss_type" not in kept
+
+
+def test_a_failed_pipeline_has_a_report_too(place: Place, capsys) -> None:
+    place.order(reward="fail after 1")
+    with pytest.raises(AlignError):
+        place.run()
+    assert f"report: {place.output}/report.html" in capsys.readouterr().out
+    assert "the rows are wrong" in (place.output / "report.html").read_text()
+    place.order()
+    place.run()
+    assert "the rows are wrong" not in (place.output / "report.html").read_text()
+
+
+@pytest.mark.parametrize("why", ["a bug", "a file of the user's"])
+def test_a_run_never_fails_because_of_its_report(place: Place, capsys, monkeypatch, why) -> None:
+    from align.report.html import page
+
+    if why == "a bug":
+        monkeypatch.setattr(page, "render", lambda *_: 1 / 0)
+    else:
+        place.output.mkdir(parents=True)
+        (place.output / "report.html").write_text("mine")
+    assert place.run() == ALL
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no report: " in said
+    assert ("ZeroDivisionError" if why == "a bug" else "no report of align") in said
+    assert "tries again" in said
+    if why != "a bug":
+        assert (place.output / "report.html").read_text() == "mine"
+    assert set(place.states().values()) == {"complete", "off"}
+
+
 def test_two_commands_do_not_walk_one_pipeline(place: Place) -> None:
     place.order(prefs="sleep after 1")
     child = place.child()
