@@ -113,5 +113,47 @@ def runs(
     show_status(found, runs=True)
 
 
-COMMANDS: dict[str, Any] = {"runs": runs, "merge": merge, "push": push}
+def chat(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="Run, stage, adapter, folder or Hub id.")
+    ],
+    against: Annotated[
+        str | None, typer.Option(metavar="OTHER", help="A second model, side by side.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System text; the run's own if unset, '' for none.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.6,
+    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus.")] = 0.9,
+    top_k: Annotated[int, typer.Option(min=0, help="0 keeps all tokens.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 42,
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="NAME_OR_FILE", help="For a model that has none.")
+    ] = None,
+    load_in_4bit: Annotated[
+        bool | None,
+        typer.Option("--load-in-4bit/--no-load-in-4bit", help="As the run trained, if unset."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object for every turn.")
+    ] = False,
+) -> None:
+    """Talk to a model, or to two side by side. Through a pipe: one turn a line."""
+    _make_ready()
+    from align.chat.loop import chat
+    from align.chat.speaker import Manner
+
+    chat(
+        model,
+        against,
+        manner=Manner(temperature, top_p, top_k, max_new_tokens, seed),
+        system=system,
+        chat_template=chat_template,
+        in_4bit=load_in_4bit,
+        as_json=as_json,
+    )
+
+
+COMMANDS: dict[str, Any] = {"runs": runs, "chat": chat, "merge": merge, "push": push}
 """Name -> what it does."""

@@ -10,6 +10,7 @@ from align.chat.screen import Columns, Screen, is_interactive, screen_for
 from align.chat.session import Reply, Session, Turn
 from align.config.suggest import nearest
 from align.errors import AlignError, fail
+from align.models.source import find_model, two_names
 from align.report.terminal import say
 
 if TYPE_CHECKING:
@@ -173,11 +174,12 @@ class Chat:
             fail("there is no turn to answer again", where="/retry")
         if self.manner.temperature == 0:
             self._say("at --temperature 0 the answer is the same every time")
+        before = len(self.session.turns)
         try:
             self.ask(turn.user, turn.tries + 1)
-        except BaseException:
-            self.session.turns.append(turn)
-            raise
+        finally:
+            if len(self.session.turns) == before:  # no new answer: the old one stays
+                self.session.turns.append(turn)
 
     def _save(self, name: str) -> None:
         if not name:
@@ -187,6 +189,52 @@ class Chat:
 
     def _say(self, text: str) -> None:
         say(text, style="dim")
+
+
+def chat(
+    model: str,
+    against: str | None,
+    *,
+    manner: "Manner",
+    system: str | None = None,
+    chat_template: str | None = None,
+    in_4bit: bool | None = None,
+    as_json: bool = False,
+) -> None:
+    """Load one model or two and talk to them.
+
+    Args:
+        model, against: what `find_model` takes.
+        manner: how answers are drawn.
+        system: system text of both; each run's own when None, none at all when empty.
+        chat_template: shipped template or Jinja file in place of the tokenizers' own.
+        in_4bit: quantize the weights; as each run trained when None.
+        as_json: one JSON object for every turn.
+    """
+    from align.chat.speaker import Speaker
+
+    sources = [find_model(given) for given in (model, against) if given is not None]
+    names = two_names(*sources) if len(sources) == 2 else (sources[0].name,)
+    speakers = []
+    for name, source in zip(names, sources, strict=True):
+        quantized = source.in_4bit if in_4bit is None else in_4bit
+        say(f"{name}: {source.path}{', in 4 bits' if quantized else ''}", style="dim")
+        loaded = Speaker.load(name, source, in_4bit=quantized, chat_template=chat_template)
+        speakers.append(loaded)
+    own = dict(zip(names, (source.system_prompt for source in sources), strict=True))
+    session = Session(own if system is None else dict.fromkeys(names, system or None))
+    talk = Chat(speakers, session, manner, as_json=as_json)
+    if talk.interactive:
+        _greet(session, manner)
+    talk.run()
+
+
+def _greet(session: Session, manner: "Manner") -> None:
+    how = f"temperature {manner.temperature:g}, top-p {manner.top_p:g}, seed {manner.seed}"
+    say(f"{how}; /help lists the commands, Ctrl-D leaves", style="dim")
+    for name, system in session.systems.items():
+        if system:
+            say(f"{name} has the system text: {system}", style="dim")
 
 
 def _line_editing() -> None:

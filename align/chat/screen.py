@@ -1,10 +1,11 @@
 """Where answers appear: one model's as it comes, two models' in columns, or plain lines."""
 
-import shutil
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.rule import Rule
@@ -39,10 +40,40 @@ def screen_for(names: Sequence[str], *, as_json: bool = False) -> Screen:
     out = console(results=True)
     if as_json:
         return JsonLines()
-    if len(names) == 2 and out.is_terminal and not out.is_dumb_terminal:
-        if shutil.get_terminal_size().columns >= SIDE_BY_SIDE:
-            return Columns(names)
+    steerable = out.is_terminal and not out.is_dumb_terminal
+    if len(names) == 2 and steerable and out.width >= SIDE_BY_SIDE:
+        return Columns(names)
     return Stream(headings=len(names) > 1)
+
+
+class WordWrap:
+    """Breaks lines between words for a text that comes in pieces; longer words the terminal breaks."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.column, self.word = width, 0, ""
+
+    def feed(self, text: str) -> str:
+        """The next piece, up to the last word that may still go on."""
+        out = []
+        for part in re.split(r"(\s)", self.word + text):
+            if part.isspace():
+                out.append(self._placed())
+                out.append(part)
+                self.column = 0 if part == "\n" else self.column + (8 if part == "\t" else 1)
+            else:
+                self.word = part
+        return "".join(out)
+
+    def finish(self) -> str:
+        """The last word."""
+        return self._placed()
+
+    def _placed(self) -> str:
+        word, self.word = self.word, ""
+        size = cell_len(word)
+        breaks = self.column > 0 and self.column + size > self.width and size <= self.width
+        self.column = size if breaks else self.column + size
+        return "\n" + word if breaks else word
 
 
 class Stream:
@@ -51,20 +82,24 @@ class Stream:
     def __init__(self, *, headings: bool) -> None:
         self.headings, self.out = headings, console(results=True)
         self.clean = StreamSanitiser()
+        self.wrap = WordWrap(self.out.width) if self.out.is_terminal else None
 
     def begin(self, name: str) -> None:
         """Write the model's name where there are two."""
         if self.headings:
             self.out.print(Text(f"[{sanitise(name)}]", style="bold cyan"))
         self.clean = StreamSanitiser()
+        self.wrap = WordWrap(self.out.width) if self.out.is_terminal else None
 
     def piece(self, text: str) -> None:
-        """Write a piece; the terminal wraps."""
+        """Write a piece; in a terminal its last word waits for its end."""
         self._write(self.clean.feed(text))
 
     def end(self, reply: Reply) -> None:
         """Close the line, and say where the answer did not end by itself."""
-        self._write(self.clean.finish() + "\n")
+        self._write(self.clean.finish())
+        self.out.file.write((self.wrap.finish() if self.wrap else "") + "\n")
+        self.out.file.flush()
         note = in_words(reply)
         if note:
             say(f"[{note}]", style="dim")
@@ -75,8 +110,8 @@ class Stream:
             self.out.print()
 
     def _write(self, text: str) -> None:
-        # rich would expand tabs and break words: text goes out as it is, for copying and for pipes.
-        self.out.file.write(text)
+        # Not through rich, which would expand tabs and end every piece of text with a line.
+        self.out.file.write(self.wrap.feed(text) if self.wrap else text)
         self.out.file.flush()
 
 

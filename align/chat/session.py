@@ -1,7 +1,7 @@
 """A chat so far: its turns, what each model is asked next, and the file it can be saved to. Light."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -114,7 +114,7 @@ def conversation_json(user: str, replies: Mapping[str, Reply]) -> str:
     return json.dumps({"user": user, "answers": answers}, ensure_ascii=False)
 
 
-def in_words(reply: Reply, settings: Sequence[str] = ()) -> str | None:
+def in_words(reply: Reply) -> str | None:
     """What a reader has to know of an answer that did not end by itself."""
     if reply.end == "length":
         return f"cut after {reply.tokens} tokens (--max-new-tokens)"
