@@ -155,5 +155,71 @@ def chat(
     )
 
 
-COMMANDS: dict[str, Any] = {"runs": runs, "chat": chat, "merge": merge, "push": push}
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="Run, stage, adapter, folder or Hub id.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one.")],
+    prompts: Annotated[
+        str,
+        typer.Option("--prompts", metavar="FILE", help="jsonl, csv, parquet, txt, card, Hub id."),
+    ],
+    judge: Annotated[
+        str | None, typer.Option(metavar="NAME", help="`align show --judges` lists them.")
+    ] = None,
+    reward_model: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Decides where there is no judge.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The answers; a .md lies beside.")
+    ] = Path("comparison.jsonl"),
+    split: Annotated[str, typer.Option(help="Split of --prompts.")] = "train",
+    as_chat: Annotated[
+        bool, typer.Option("--as-chat", help="Ask plain text as a user's turn.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="System text of every chat.")] = None,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="So many prompts.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers at once.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 42,
+    as_json: Json = False,
+) -> None:
+    """Let two models answer the same prompts: both answers, a verdict each, the win rate."""
+    _make_ready()
+    from align.evaluation.comparison import Comparison, compare
+    from align.evaluation.comparison_view import comparison_view
+    from align.report.terminal import console, say
+
+    asked = Comparison(
+        a=a,
+        b=b,
+        prompts=prompts,
+        output=output,
+        judge=judge,
+        reward_model=reward_model,
+        split=split,
+        as_chat=as_chat,
+        system=system,
+        max_samples=max_samples,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    summary = compare(asked, quiet=as_json)
+    if as_json:
+        print_json(summary)
+        return
+    console(results=True).print(comparison_view(summary))
+    say(f"answers: {output}, summary: {output.with_suffix('.md')}", results=True)
+
+
+COMMANDS: dict[str, Any] = {
+    "runs": runs,
+    "chat": chat,
+    "compare": compare,
+    "merge": merge,
+    "push": push,
+}
 """Name -> what it does."""
