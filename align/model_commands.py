@@ -1,4 +1,4 @@
-"""The commands around finished runs: runs, merge, push. As light as `cli.py` until they work."""
+"""The commands around finished runs: runs, chat, compare, merge, export, push. As light as `cli.py` until they work."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -215,11 +215,78 @@ def compare(
     say(f"answers: {output}, summary: {output.with_suffix('.md')}", results=True)
 
 
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="Run, stage, adapter, folder or Hub id.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    format: Annotated[str, typer.Option("--format", help="gguf, vllm or ollama.")],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="vLLM: the adapter over its base, not merged.")
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Type of the weights: bfloat16, float16 or float32.")
+    ] = "bfloat16",
+    data: Annotated[
+        str | None, typer.Option(help="Text of the merge's proof, as of `align merge`.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of --data.")] = "train",
+    max_kl: Annotated[
+        float, typer.Option("--max-kl", help="Highest mean KL to the adapter, nats per token.")
+    ] = 1e-3,
+    name: Annotated[str | None, typer.Option(help="What the server calls it.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="Ollama: system text; the run's own if unset.")
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option("--llama-cpp", metavar="DIR", help="gguf: its converter writes the .gguf."),
+    ] = None,
+    outtype: Annotated[
+        str | None, typer.Option(help="gguf: the converter's own --outtype, such as q8_0.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model for llama.cpp (gguf), vLLM or Ollama, with the commands that go on."""
+    from typing import get_args
+
+    _make_ready()
+    from align.hub.export import Export, Format, export
+    from align.models.merging import Dtype
+    from align.views import print_export
+
+    for flag, value, known in (("format", format, Format), ("dtype", dtype, Dtype)):
+        if value not in get_args(known):
+            hint = f"one of {', '.join(get_args(known))}"
+            fail(f"no such {flag}: {value}", where=f"--{flag}", hint=hint)
+    done = export(
+        Export(
+            source=source,
+            output=output,
+            format=format,  # type: ignore[arg-type]
+            adapter=adapter,
+            dtype=dtype,  # type: ignore[arg-type]
+            data=data,
+            split=split,
+            max_kl=max_kl,
+            name=name,
+            system=system,
+            llama_cpp=llama_cpp,
+            outtype=outtype,
+        )
+    )
+    if as_json:
+        print_json(done)
+    else:
+        print_export(done)
+
+
 COMMANDS: dict[str, Any] = {
     "runs": runs,
     "chat": chat,
     "compare": compare,
     "merge": merge,
+    "export": export,
     "push": push,
 }
 """Name -> what it does."""
