@@ -100,29 +100,33 @@ def go_template(pieces: Pieces) -> str:
 
     A last message of the assistant is left open, so that it is gone on with.
     """
-    start = (
-        "{{ if $.System }}"
-        + _text(pieces.system_start)
-        + "{{ $.System }}"
-        + _text(pieces.system_end)
-        + "{{ else }}"
-        + _text(pieces.plain_start)
-        + "{{ end }}"
-    )
+    ends = (pieces.plain_start, pieces.system_end)
+    if all(text.endswith(pieces.user_start) for text in ends):
+        # Every user's turn begins alike: what stands before the first one is written once.
+        plain, system_end = (text.removesuffix(pieces.user_start) for text in ends)
+        head, user_start = _start(pieces.system_start, system_end, plain), _text(pieces.user_start)
+    else:
+        start = _start(pieces.system_start, pieces.system_end, pieces.plain_start)
+        again = _text(pieces.user_start)
+        head = "{{ $first := true }}"
+        user_start = f"{{{{ if $first }}}}{start}{{{{ else }}}}{again}{{{{ end }}}}"
+        user_start += "{{ $first = false }}"
     return (
-        "{{ $first := true }}"
-        "{{ range $i, $_ := .Messages }}"
+        f"{head}{{{{ range $i, $_ := .Messages }}}}"
         "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
-        '{{ if eq .Role "user" }}'
-        "{{ if $first }}" + start + "{{ else }}" + _text(pieces.user_start) + "{{ end }}"
-        "{{ $first = false }}"
-        "{{ .Content }}" + _text(pieces.user_end) + "{{ if $last }}"
-        "" + _text(pieces.opening) + "{{ end }}"
-        '{{ else if eq .Role "assistant" }}'
-        + _text(pieces.answer_start)
-        + "{{ .Content }}{{ if not $last }}"
-        + _text(pieces.answer_end)
-        + "{{ end }}{{ end }}{{ end }}"
+        f'{{{{ if eq .Role "user" }}}}{user_start}{{{{ .Content }}}}{_text(pieces.user_end)}'
+        f"{{{{ if $last }}}}{_text(pieces.opening)}{{{{ end }}}}"
+        f'{{{{ else if eq .Role "assistant" }}}}{_text(pieces.answer_start)}{{{{ .Content }}}}'
+        f"{{{{ if not $last }}}}{_text(pieces.answer_end)}{{{{ end }}}}"
+        "{{ end }}{{ end }}"
+    )
+
+
+def _start(before: str, behind: str, plain: str) -> str:
+    """The system text between its pieces, or what stands in its place."""
+    other = f"{{{{ else }}}}{_text(plain)}" if plain else ""
+    return (
+        f"{{{{ if $.System }}}}{_text(before)}{{{{ $.System }}}}{_text(behind)}{other}{{{{ end }}}}"
     )
 
 
