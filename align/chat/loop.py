@@ -1,5 +1,6 @@
 """The chat itself: reads turns and commands, lets the models answer, shows the answers."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,6 +61,8 @@ class Chat:
         asked = line.strip()
         if not asked:
             return True
+        if any("\ud800" <= char <= "\udfff" for char in asked):
+            fail("is not UTF-8 text", where="this turn")
         if asked.startswith("/") and not asked.startswith("//"):
             return self._command(asked)
         self.ask(asked[1:] if asked.startswith("//") else asked)
@@ -100,7 +103,11 @@ class Chat:
 
     def _lines(self) -> Iterator[str]:
         if not self.interactive:
-            yield from sys.stdin
+            try:
+                for line in sys.stdin:  # not `yield from`, which would close it in the end
+                    yield line
+            except UnicodeDecodeError as error:
+                fail(f"is not UTF-8 text ({error})", where="the input")
             return
         _line_editing()
         while True:
@@ -226,7 +233,11 @@ def chat(
     talk = Chat(speakers, session, manner, as_json=as_json)
     if talk.interactive:
         _greet(session, manner)
-    talk.run()
+    try:
+        talk.run()
+    except BrokenPipeError:  # who read the answers has gone (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _greet(session: Session, manner: "Manner") -> None:

@@ -8,7 +8,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from align.chat.session import Messages, Reply
+from align.chat.session import End, Messages, Reply
 from align.data.rendering import render_prompt
 from align.errors import fail
 from align.generation.answers import stop_ids
@@ -109,6 +109,8 @@ class Speaker:
         def on_token(token: int) -> None:
             nonlocal begun
             written.append(token)
+            if token in self.stops:  # some of them are plain tokens
+                return
             piece = detokenizer.step(self.tokenizer.backend_tokenizer, token) or ""
             piece = piece if begun else piece.lstrip()
             if piece:
@@ -138,8 +140,9 @@ class Speaker:
                 where=self.name,
                 hint="/reset makes the chat shorter; --load-in-4bit makes the model smaller",
             )
-        end = "stop" if done.ended else "length" if room == manner.max_new_tokens else "context"
-        return Reply(self._text(written), end, len(written), len(ids))  # type: ignore[arg-type]
+        cut: End = "length" if room == manner.max_new_tokens else "context"
+        end: End = "stop" if done.ended else cut
+        return Reply(self._text(done.ids), end, len(written), len(ids))
 
     def _text(self, ids: list[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
