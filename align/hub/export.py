@@ -212,6 +212,7 @@ def _adapter(source: Source, found: Artifact, folder: Path) -> int:
     (folder / IDENTITY_FILE).unlink(missing_ok=True)
     tokenizer = load_tokenizer(policy_section(source.path))
     tokenizer.save_pretrained(folder)
+    make_portable(folder)
     if not (folder / "generation_config.json").is_file():
         ends = {"eos_token_id": end_of_turn_ids(tokenizer)}
         write_json(folder / "generation_config.json", ends, flush=False)

@@ -37,13 +37,14 @@ PROBES: tuple[list[dict[str, str]], ...] = (
 
 
 def make_portable(folder: Path) -> PreTrainedTokenizerBase:
-    """Write the configs of a saved model for every reader; returns the tokenizer read back.
+    """Write the configs of a saved model or adapter for every reader; returns the tokenizer read back.
 
     Raises:
         AlignError: the tokenizer or its chats come out differently than before.
     """
     before = AutoTokenizer.from_pretrained(folder)
-    _edit(folder / "config.json", portable_config)
+    if (folder / "config.json").is_file():  # an adapter has none
+        _edit(folder / "config.json", portable_config)
     template = None
     if before.chat_template is not None:
         template = without_markers(before.get_chat_template())
