@@ -55,6 +55,10 @@ class Chat:
                     say(f"line {number} of the input", style="red")
                     raise
                 print_problems(error)
+            except KeyboardInterrupt:  # between two answers, or before the first token
+                if not self.interactive:
+                    raise
+                say("(stopped; Ctrl-D or /exit leaves)", style="dim")
 
     def take(self, line: str) -> bool:
         """Do what a line says; False where it says to leave."""

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from align.config.sections import DataSection
 from align.durable import write_text
-from align.errors import AlignError, fail
+from align.errors import fail
 from align.evaluation.answering import answer_all
 from align.evaluation.results import make_results
 from align.evaluation.sheets import Sheet, make_sheets
@@ -87,7 +87,7 @@ def compare(asked: Comparison, *, quiet: bool = False) -> dict[str, Any]:
             folder = RunFolder(config, name="compare", quiet=quiet, identity=identity)
             try:
                 summary, lines, text = _compared(asked, config, folder)
-            except (KeyboardInterrupt, AlignError):
+            except BaseException:
                 if not folder.wrote_something():
                     folder.discard()
                 raise

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from align.config.sections import ModelSection
 from align.durable import read_json, rename, sync_tree, write_json, write_text
 from align.errors import fail
+from align.generation.answers import stop_ids
 from align.hub.facts import is_local
 from align.hub.ollama import find_pieces, modelfile
 from align.hub.portable import make_portable
@@ -177,16 +178,22 @@ def _weights(
             where=source.path,
             hint="use --dtype bfloat16, which has the range of float32",
         )
-    own = getattr(model.generation_config, "eos_token_id", None)
-    saved = own if isinstance(own, list) else [] if own is None else [own]
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=list(dict.fromkeys([*end_of_turn_ids(tokenizer), *saved])),
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    model.generation_config = _generation(model, tokenizer)
     model.save_pretrained(folder, safe_serialization=True, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)
     return None
+
+
+def _generation(model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The model's own settings, which end on every id that ends a turn too."""
+    own: GenerationConfig = model.generation_config
+    own.eos_token_id = stop_ids(model, tokenizer)
+    try:
+        own.validate(strict=True)
+    except ValueError:  # settings that transformers itself would not save
+        own = GenerationConfig(eos_token_id=own.eos_token_id)
+    own.bos_token_id, own.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+    return own
 
 
 def _adapter(source: Source, found: Artifact, folder: Path) -> int:

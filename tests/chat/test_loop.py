@@ -161,6 +161,17 @@ def test_ctrl_c_stops_one_answer_and_its_text_stays(talk, monkeypatch):
     assert chat.session.messages("a")[-1]["content"] == "half"
 
 
+def test_ctrl_c_beside_an_answer_keeps_the_chat_too(talk, monkeypatch):
+    def interrupted(self, messages):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Scripted, "prompt", interrupted)
+    chat, _, err = talk("one", "/help")
+    assert "(stopped; Ctrl-D" in err
+    assert "/reset" in err
+    assert chat.session.turns == []
+
+
 def test_in_a_pipe_ctrl_c_ends_the_chat(talk):
     chat, _, _ = talk(interactive=False)
     chat.speakers[0].stops = True

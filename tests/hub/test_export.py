@@ -122,6 +122,17 @@ def test_a_full_model_is_rounded_and_numbers_out_of_range_are_refused(llama, tmp
     assert not (tmp_path / "f16").exists()
 
 
+@pytest.mark.parametrize("sound", [True, False])
+def test_a_model_s_own_generation_settings_stay_where_they_can(llama, tmp_path, sound):
+    shutil.copytree(llama, tmp_path / "model")
+    settings = {"eos_token_id": 9, "temperature": 0.6, "do_sample": sound}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    export(Export(str(tmp_path / "model"), tmp_path / "out", "vllm"))
+    found = read(tmp_path / "out" / "generation_config.json")
+    assert {1, 4, 9} <= set(found["eos_token_id"])
+    assert found.get("temperature") == (0.6 if sound else None)
+
+
 def test_the_modelfile_has_template_stops_and_system_text(run, tmp_path):
     export(Export(str(run), tmp_path / "out", "ollama"))
     text = (tmp_path / "out" / "Modelfile").read_text()
