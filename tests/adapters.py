@@ -23,6 +23,8 @@ def write_adapter(
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
                 weight.normal_().mul_(scale)
+            elif "trainable_tokens" in name:
+                weight.add_(torch.randn_like(weight) * scale)
     adapted.save_pretrained(folder)
     file = folder / "adapter_config.json"
     config_json = json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}

@@ -222,16 +222,14 @@ def chat(
         in_4bit: quantize the weights; as each run trained when None.
         as_json: one JSON object for every turn.
     """
-    from align.chat.speaker import Speaker
+    from align.chat.speaker import load_speakers
 
     sources = [find_model(given) for given in (model, against) if given is not None]
     names = two_names(*sources) if len(sources) == 2 else (sources[0].name,)
-    speakers = []
     for name, source in zip(names, sources, strict=True):
         quantized = source.in_4bit if in_4bit is None else in_4bit
         say(f"{name}: {source.path}{', in 4 bits' if quantized else ''}", style="dim")
-        loaded = Speaker.load(name, source, in_4bit=quantized, chat_template=chat_template)
-        speakers.append(loaded)
+    speakers = load_speakers(names, sources, in_4bit=in_4bit, chat_template=chat_template)
     own = dict(zip(names, (source.system_prompt for source in sources), strict=True))
     session = Session(own if system is None else dict.fromkeys(names, system or None))
     talk = Chat(speakers, session, manner, as_json=as_json)

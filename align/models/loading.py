@@ -218,7 +218,12 @@ def policy_section(path: str, **values: Any) -> ModelSection:
 def load_any_policy(path: str, **values: Any) -> tuple[Model, PreTrainedTokenizerBase]:
     """A policy, ready to write, from what `policy_section` takes; the arguments are the same."""
     section = policy_section(path, **values)
-    return _placed(load_policy(section)), load_tokenizer(section)
+    return load_placed(section), load_tokenizer(section)
+
+
+def load_placed(section: ModelSection) -> Model:
+    """A policy in evaluation mode, on this process's device."""
+    return _placed(load_policy(section))
 
 
 def load_reward_base(

@@ -9,7 +9,7 @@ import torch
 from adapters import write_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from align.chat.speaker import Manner, Speaker
+from align.chat.speaker import Manner, Speaker, load_speakers
 from align.data.rendering import render_prompt
 from align.errors import AlignError
 from align.generation.sampler import sample_completions
@@ -31,7 +31,11 @@ def folder(llama: Path, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def speaker(folder: Path) -> Speaker:
-    return Speaker.load("m", find_model(str(folder)))
+    return load(folder)
+
+
+def load(place: Path | str, **options) -> Speaker:
+    return load_speakers(["m"], [find_model(str(place))], **options)[0]
 
 
 def say(speaker: Speaker, manner: Manner, place=(0, 0)) -> tuple[list[str], object]:
@@ -79,7 +83,7 @@ def test_the_draws_are_those_of_align_sample(speaker):
 
 
 def test_the_context_limit_cuts_loudly_and_refuses_what_has_no_room(folder):
-    speaker = Speaker.load("m", find_model(str(folder)))
+    speaker = load(folder)
     speaker.stops = [1]
     prompt = speaker.prompt(ASKED)
     speaker.limit = len(prompt) + 6
@@ -120,7 +124,7 @@ def test_a_reward_model_is_refused(llama, tokenizer, tmp_path):
     )
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(AlignError, match="is a reward model, but a policy"):
-        Speaker.load("m", find_model(str(tmp_path)))
+        load(tmp_path)
 
 
 def test_without_a_chat_template_there_is_no_chat(llama, tmp_path):
@@ -132,7 +136,7 @@ def test_without_a_chat_template_there_is_no_chat(llama, tmp_path):
     file = tmp_path / "m" / "tokenizer_config.json"
     file.write_text(file.read_text().replace("<|start_header_id|>", "<|begin_role|>"))
     with pytest.raises(AlignError, match="no chat template") as caught:
-        Speaker.load("m", find_model(str(tmp_path / "m")))
+        load(tmp_path / "m")
     assert "--chat-template" in str(caught.value)
 
 
@@ -149,7 +153,44 @@ def test_a_qlora_run_talks_on_the_4_bits_it_trained_on(llama, tmp_path):
     (run / "recipe.yaml").write_text(json.dumps(recipe))
     source = find_model(str(run))
     assert source.in_4bit
-    for in_4bit in (True, False):
-        speaker = Speaker.load("m", source, in_4bit=in_4bit)
-        assert bool(getattr(speaker.model, "is_quantized", False)) is in_4bit
+    for in_4bit in (None, False):
+        speaker = load(run, in_4bit=in_4bit)
+        assert bool(getattr(speaker.model, "is_quantized", False)) is (in_4bit is None)
         assert say(speaker, Manner(max_new_tokens=5))[1].tokens > 0
+
+
+ROWS = {"trainable_token_indices": [2, 3, 4]}
+OTHERS = {
+    "plain": ({}, {"r": 8, "target_modules": ["q_proj"]}),
+    "with token rows": (ROWS, ROWS),
+    "its base": (ROWS, None),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_models_on_one_base_share_it_and_answer_as_each_alone(llama, tmp_path, other, order):
+    mine, others = OTHERS[other]
+    first = write_adapter(tmp_path / "one", llama, scale=0.3, **mine)
+    second = llama
+    if others is not None:
+        second = write_adapter(tmp_path / "two", llama, scale=-0.5, **others)
+    places = [first, second][::order]
+    manner = Manner(temperature=0, max_new_tokens=12)
+    alone = [say(load(place), manner)[1].text for place in places]
+    assert alone[0] != alone[1]
+    pair = load_speakers(["a", "b"], [find_model(str(place)) for place in places])
+    assert pair[0].model is pair[1].model
+    for turn in (0, 1, 0, 1):
+        assert say(pair[turn], manner)[1].text == alone[turn]
+
+
+@pytest.mark.parametrize("other", ["another base", "no token rows"])
+def test_where_sharing_is_not_sure_nothing_is_shared(llama, make_llama, tmp_path, other):
+    adapter = write_adapter(tmp_path / "one", llama, **ROWS)
+    second = make_llama(4)
+    if other == "no token rows":
+        second = write_adapter(tmp_path / "two", llama)
+    pair = load_speakers(["a", "b"], [find_model(str(place)) for place in (adapter, second)])
+    assert pair[0].model is not pair[1].model
+    assert say(pair[0], Manner(max_new_tokens=3))[1].tokens > 0
