@@ -1,7 +1,7 @@
 """The commands around finished runs: runs, chat, compare, merge, export, push. As light as `cli.py` until they work."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -15,6 +15,13 @@ def _make_ready() -> None:
     from align import cli
 
     cli.make_ready()
+
+
+def _check_choice(flag: str, value: str, choices: Any) -> None:
+    """Refuse a value that is none of a Literal's."""
+    known = ", ".join(get_args(choices))
+    if value not in get_args(choices):
+        fail(f"no such choice: {value}", where=flag, hint=f"one of {known}")
 
 
 def merge(
@@ -35,14 +42,11 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base, and prove that the result answers as it did."""
-    from typing import get_args
-
     _make_ready()
     from align.models.merging import Dtype, merge
     from align.views import print_merge
 
-    if dtype not in get_args(Dtype):
-        fail(f"no such type: {dtype}", where="--dtype", hint=f"one of {', '.join(get_args(Dtype))}")
+    _check_choice("--dtype", dtype, Dtype)
     report = merge(source, output, dtype=dtype, data=data, split=split, max_kl=max_kl)  # type: ignore[arg-type]
     if as_json:
         print_json(report)
@@ -248,17 +252,13 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a model for llama.cpp (gguf), vLLM or Ollama, with the commands that go on."""
-    from typing import get_args
-
     _make_ready()
     from align.hub.export import Export, Format, export
     from align.models.merging import Dtype
     from align.views import print_export
 
-    for flag, value, known in (("format", format, Format), ("dtype", dtype, Dtype)):
-        if value not in get_args(known):
-            hint = f"one of {', '.join(get_args(known))}"
-            fail(f"no such {flag}: {value}", where=f"--{flag}", hint=hint)
+    _check_choice("--format", format, Format)
+    _check_choice("--dtype", dtype, Dtype)
     done = export(
         Export(
             source=source,

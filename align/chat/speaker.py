@@ -98,20 +98,7 @@ class Speaker:
         if self.limit is not None:
             room = min(room, self.limit - len(ids))
         written: list[int] = []
-        detokenizer = DecodeStream(skip_special_tokens=True)
-        begun = False
-
-        def on_token(token: int) -> None:
-            nonlocal begun
-            written.append(token)
-            if token in self.stops:  # some of them are plain tokens
-                return
-            piece = detokenizer.step(self.tokenizer.backend_tokenizer, token) or ""
-            piece = piece if begun else piece.lstrip()
-            if piece:
-                begun = True
-                on_text(piece)
-
+        on_token = self._listener(written, on_text)
         try:
             with self._in_role():
                 done = stream_completion(
@@ -139,6 +126,26 @@ class Speaker:
         cut: End = "length" if room == manner.max_new_tokens else "context"
         end: End = "stop" if done.ended else cut
         return Reply(self._text(done.ids), end, len(written), len(ids))
+
+    def _listener(
+        self, written: list[int], on_text: Callable[[str], None]
+    ) -> Callable[[int], None]:
+        """Collects tokens in `written`, and hands on their text as far as its characters are whole."""
+        detokenizer = DecodeStream(skip_special_tokens=True)
+        begun = False
+
+        def on_token(token: int) -> None:
+            nonlocal begun
+            written.append(token)
+            if token in self.stops:  # some of them are plain tokens
+                return
+            piece = detokenizer.step(self.tokenizer.backend_tokenizer, token) or ""
+            piece = piece if begun else piece.lstrip()
+            if piece:
+                begun = True
+                on_text(piece)
+
+        return on_token
 
     @contextmanager
     def _in_role(self) -> Iterator[None]:
