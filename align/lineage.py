@@ -71,7 +71,8 @@ ROOMS = {
 
 NOT_IN_CODE = (
     *("training/callbacks.py", "training/checkpoints.py", "tiny/pretrain.py"),
-    "models/merging.py",
+    *("models/merging.py", "models/source.py"),
+    *("evaluation/comparison.py", "evaluation/comparison_view.py"),
 )
 """Files of those packages that watch, save or prepare, and change no result."""
 

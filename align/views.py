@@ -90,3 +90,15 @@ def print_merge(output: str, report: Mapping[str, Any]) -> None:
             f"token in {quantized['greedy_agreement']:.2%}: what 4 or 8 bits had cost",
             results=True,
         )
+
+
+def print_export(done: Mapping[str, Any]) -> None:
+    """What was written, and the commands that go on from there."""
+    from align.report.terminal import say
+
+    if done["merge"] is not None:
+        print_merge(done["output"], done["merge"])
+    say(f"{done['output']}: {', '.join(done['files'])}", results=True)
+    say("to go on:", results=True)
+    for command in done["commands"]:
+        say(f"    {command}", results=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.streamers import BaseStreamer
 
 from align.errors import fail
 from align.generation.draws import Decoding, choose, refuse_nan, uniforms
@@ -107,6 +108,26 @@ def _requests(
 
 
 @contextmanager
+def _own_settings(model: Any, decoding: Decoding, pad_id: int) -> Iterator[GenerationConfig]:
+    """Settings for `generate` that leave every choice to `_Chosen`; the model's own come back.
+
+    Whatever the checkpoint asks for (a repetition penalty, say) is not part of these draws.
+    """
+    config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(decoding.stop_ids),
+        pad_token_id=pad_id,
+    )
+    base = unwrapped(model)
+    asked, base.generation_config = base.generation_config, config
+    try:
+        yield config
+    finally:
+        base.generation_config = asked
+
+
+@contextmanager
 def inference(model: Any) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own mode is put back at the end."""
     modes = [(module, module.training) for module in model.modules()]
@@ -184,16 +205,7 @@ def _with_generate(
     once for each sample.
     """
     device = next(model.parameters()).device
-    config = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(decoding.stop_ids),
-        pad_token_id=pad_id,
-    )
-    base = unwrapped(model)
-    # Whatever the checkpoint asks for (a repetition penalty, say) is not part of these draws.
-    asked, base.generation_config = base.generation_config, config
-    try:
+    with _own_settings(model, decoding, pad_id) as config:
         ordered = sorted(requests, key=lambda request: len(request.ids))
         for length, same in groupby(ordered, key=lambda request: len(request.ids)):
             places = [(r, sample) for r in same for sample in r.samples]
@@ -210,8 +222,61 @@ def _with_generate(
                 )
                 for owner, tokens in zip(owners, output[:, length:].tolist(), strict=True):
                     yield Finished(*owner, _until_stop(tokens, decoding.stop_ids))
-    finally:
-        base.generation_config = asked
+
+
+class _Tokens(BaseStreamer):  # type: ignore[misc]
+    """Hands on every token that `generate` writes, and not the prompt that it begins with."""
+
+    def __init__(self, on_token: Callable[[int], None]) -> None:
+        self.on_token, self.prompt_is_next = on_token, True
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take what `generate` gives: first the prompt, then token by token."""
+        if not self.prompt_is_next:
+            for token in value.flatten().tolist():
+                self.on_token(token)
+        self.prompt_is_next = False
+
+    def end(self) -> None:
+        """The last token has been given."""
+
+
+def stream_completion(
+    model: Any,
+    prompt: Sequence[int],
+    on_token: Callable[[int], None],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    place: tuple[int, int] = (0, 0),
+) -> Completion:
+    """Draw one completion and hand on each token, the stop token too, as soon as it is chosen.
+
+    Args:
+        model, max_new_tokens, stop_ids, pad_id, temperature, top_p, top_k, seed: as in
+            `sample_completions`, which draws the same tokens.
+        prompt: token ids, not empty.
+        on_token: called with each token; what it raises (Ctrl-C) stops the drawing.
+        place: index of the prompt and number of the sample, which the draws depend on.
+    """
+    decoding = Decoding(max_new_tokens, tuple(stop_ids), temperature, top_p, top_k)
+    device = next(model.parameters()).device
+    ids = torch.tensor([list(prompt)], device=device)
+    uniform = uniforms(seed, [place], max_new_tokens).to(device)
+    with inference(model), _own_settings(model, decoding, pad_id) as config:
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_Chosen(uniform, decoding, len(prompt))]),
+            streamer=_Tokens(on_token),
+        )
+    return _completion(output[0, len(prompt) :].tolist(), decoding)
 
 
 def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -190,22 +190,40 @@ def _adapter_parts(found: Artifact) -> tuple[str, str]:
     return found.base, found.base_revision or "main"
 
 
-def load_any_policy(path: str) -> tuple[Model, PreTrainedTokenizerBase]:
-    """A policy from a full model or from an adapter (its base is found in adapter_config.json)."""
+def policy_section(path: str, **values: Any) -> ModelSection:
+    """The model section of a full model or an adapter (its base is found in adapter_config.json).
+
+    Args:
+        path: folder or Hub id.
+        **values: further keys, such as `load_in_4bit`.
+
+    Raises:
+        AlignError: no model there, or a reward model.
+    """
     found = look_at(path)
     if found.kind in ("reward", "reward_adapter"):
         require_full_model(path, key="model")
-    if found.kind == "adapter":
-        base, revision = _adapter_parts(found)
-        section = ModelSection(
-            model_name_or_path=base,
-            model_revision=revision,
-            adapter_name_or_path=path,
-            adapter_mode="continue",
-        )
-    else:
-        section = ModelSection(model_name_or_path=path)
-    return _placed(load_policy(section)), load_tokenizer(section)
+    if found.kind != "adapter":
+        return ModelSection(model_name_or_path=path, **values)
+    base, revision = _adapter_parts(found)
+    return ModelSection(
+        model_name_or_path=base,
+        model_revision=revision,
+        adapter_name_or_path=path,
+        adapter_mode="continue",
+        **values,
+    )
+
+
+def load_any_policy(path: str, **values: Any) -> tuple[Model, PreTrainedTokenizerBase]:
+    """A policy, ready to write, from what `policy_section` takes; the arguments are the same."""
+    section = policy_section(path, **values)
+    return load_placed(section), load_tokenizer(section)
+
+
+def load_placed(section: ModelSection) -> Model:
+    """A policy in evaluation mode, on this process's device."""
+    return _placed(load_policy(section))
 
 
 def load_reward_base(

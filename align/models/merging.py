@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import yaml
 from peft import PeftModel
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
@@ -28,6 +27,7 @@ from align.lineage import MODEL_FILES, file_digests, file_sha256, folder_digest,
 from align.locks import locked
 from align.models.identity import Artifact, base_weights_digest, look_at, require_adapter
 from align.models.loading import DTYPES, Model, check_vocabulary, inference_device, load_policy
+from align.models.source import artifact_of
 from align.models.tokenizer import end_of_turn_ids, load_tokenizer
 from align.stopping import stoppable
 
@@ -101,18 +101,6 @@ def merge(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return report
-
-
-def artifact_of(source: str) -> tuple[str, dict[str, Any]]:
-    """The model that a run folder holds, and the run's recipe; a model folder names itself."""
-    run = Path(source).expanduser()
-    recipe = run / "recipe.yaml"
-    if not (run / "artifact").is_dir() or not recipe.is_file():
-        beside = run.parent / "recipe.yaml"
-        if run.name != "artifact" or not beside.is_file():
-            return source, {}
-        run, recipe = run.parent, beside
-    return str(run / "artifact"), yaml.safe_load(recipe.read_text(encoding="utf-8"))
 
 
 def _merge_into(

@@ -45,6 +45,28 @@ def sanitise(text: str) -> str:
     return text.replace("\r\n", "\n").translate(_VISIBLE)
 
 
+class StreamSanitiser:
+    """`sanitise` for a text that comes in pieces: what comes out is what the whole text gives.
+
+    Controls are shown one by one, so no escape sequence can come together from several pieces;
+    only a CR waits for the LF that may follow it.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def feed(self, piece: str) -> str:
+        """The next piece, harmless."""
+        text = self._held + piece
+        self._held = "\r" if text.endswith("\r") else ""
+        return sanitise(text.removesuffix(self._held))
+
+    def finish(self) -> str:
+        """What was held back."""
+        held, self._held = self._held, ""
+        return sanitise(held)
+
+
 @cache
 def console(*, results: bool = False) -> "Console":
     """The console for progress and notes (stderr) or, with `results`, for answers (stdout).

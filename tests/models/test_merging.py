@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from adapters import write_adapter
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from align.cli import main
 from align.errors import AlignError
-from align.models.identity import write_base_identity
 from align.models.merging import REPORT, compare, merge
 
 TEXTS = [{"text": f"The keeper counts {n} boats, then {n + 1}."} for n in range(20)]
@@ -21,25 +21,6 @@ def rows(tmp_path: Path) -> str:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
     return str(file)
-
-
-def write_adapter(folder: Path, base: Path, model=None, *, scale: float = 0.05, **settings) -> Path:
-    """An adapter with random factors, as large as a short training makes them."""
-    torch.manual_seed(3)
-    model = model or AutoModelForCausalLM.from_pretrained(base)
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
-    adapted = get_peft_model(model, config)
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_B" in name:
-                weight.normal_().mul_(scale)
-    adapted.save_pretrained(folder)
-    file = folder / "adapter_config.json"
-    config_json = json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}
-    file.write_text(json.dumps(config_json))
-    write_base_identity(folder, str(base), adapted.config.to_dict())
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

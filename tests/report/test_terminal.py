@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.text import Text
 
-from align.report.terminal import console, sanitise, say
+from align.report.terminal import StreamSanitiser, console, sanitise, say
 
 ATTACKS = [
     "\x1b[2J\x1b[H",
@@ -87,3 +87,10 @@ def test_no_color_and_dumb_terminals_are_respected(monkeypatch) -> None:
     assert "\x1b[31m" not in plain.file.getvalue()
     assert console().stderr
     assert not console(results=True).stderr
+
+
+@given(st.lists(st.sampled_from([*"\r\n\x1b[]a\u202e\x9b\x07", "text", *ATTACKS])))
+def test_pieces_of_a_text_are_shown_as_the_whole_text_is(pieces: list[str]) -> None:
+    clean = StreamSanitiser()
+    shown = "".join(map(clean.feed, pieces)) + clean.finish()
+    assert shown == sanitise("".join(pieces))
