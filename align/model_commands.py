@@ -1,4 +1,4 @@
-"""The commands around finished runs: runs, report, chat, compare, merge, export, push. As light as `cli.py` until they work."""
+"""The commands around finished runs, models and the Hub. As light as `cli.py` until they work."""
 
 from pathlib import Path
 from typing import Annotated, Any, get_args
