@@ -50,6 +50,9 @@ BATCH = (
 """Only their product, the rows per optimizer step, is in the fingerprint: how a step is split
 changes rounding (and the masks of dropout) alone, and may have to change when memory runs out."""
 
+PUSH_KEYS = "hub."
+"""Keys below it say what becomes of a complete run; only the stage `push` is made of them."""
+
 CODE_KEYS = "scorer.reward_funcs."
 """Keys below it are names of reward functions, some of them `FILE.py:NAME`."""
 
@@ -66,6 +69,7 @@ ROOMS = {
     "ppo": ("data", "models", "training", "generation", "evaluation", "tiny", "ppo"),
     "sample": ("data", "models", "generation", "evaluation", "tiny"),
     "eval": ("data", "models", "generation", "evaluation", "tiny"),
+    "push": ("hub",),
 }
 """Packages whose code decides a stage's result; a stage not named here depends on all of them."""
 
@@ -251,6 +255,20 @@ def _code_inputs(recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _evaluations(run: str) -> dict[str, dict[str, Any]]:
+    """The evaluations that a model card will speak of, by content."""
+    from align.hub.facts import evaluations_of
+
+    return {
+        f"evaluation[{place.name}]": {
+            "path": str(place),
+            "kind": "evaluation",
+            "sha256": lineage["outputs"]["artifact"],
+        }
+        for place, lineage, _ in evaluations_of(Path(run))
+    }
+
+
 def identify(config: StageConfig) -> Identity:
     """Read a config's inputs and say what a run of it is made of.
 
@@ -271,6 +289,10 @@ def identify(config: StageConfig) -> Identity:
             recipe["processes"] = recipe["launch.num_processes"]
     for key in (*NOT_IN_RESULT, *BATCH):
         recipe.pop(key, None)
+    if recipe["stage"] == "push":
+        inputs |= _evaluations(recipe.pop("run"))
+    else:
+        recipe = {key: value for key, value in recipe.items() if not key.startswith(PUSH_KEYS)}
     contents = {
         key: facts.get("sha256") or f"{facts['path']}@{facts.get('revision', '')}"
         for key, facts in inputs.items()

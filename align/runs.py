@@ -20,10 +20,11 @@ from typing import Any, TypeVar
 
 import yaml
 
-from align.config.sections import StageConfig
+from align.config.pushing import asked_of, kind_of
+from align.config.sections import HubSection, StageConfig
 from align.durable import free_name, read_json, rename, sync_tree, write_json, write_text
 from align.environment import SECRET, environment, is_main, scrub, world_size
-from align.errors import AlignError, fail
+from align.errors import AlignError, NotPushed, fail
 from align.launch import check_world
 from align.lineage import (
     Identity,
@@ -44,6 +45,9 @@ Result = TypeVar("Result")
 WORKING = ("checkpoints", "parts")
 """Folders that only an unfinished run needs."""
 
+
+PUSHED = "pushed.json"
+"""In the folder of a run whose own recipe asked for a push: what was pushed, and where."""
 
 SMALLER = (
     "halve trainer.per_device_train_batch_size and double trainer.gradient_accumulation_steps "
@@ -374,7 +378,43 @@ def _prepare(config: StageConfig, name: str, quiet: bool) -> RunFolder | None:
         # Stopped between the last file and the new name: nothing is left to do but that.
         publish(partial, output)
         return None
+    if kind_of(config) != "push":
+        check_push(config)
     return RunFolder(config, name=name, quiet=quiet, identity=identity)
+
+
+def check_push(config: StageConfig) -> None:
+    """Before a run that is to be pushed: ask the Hub whether it can be. Does nothing for others.
+
+    Raises:
+        AlignError: the push would be refused; nothing has run.
+    """
+    asked = asked_of(config)
+    if asked is not None:
+        from align.hub.account import check_ahead
+
+        check_ahead([asked], way_out="leave `hub` out of the recipe")
+
+
+def is_pushed(run: Path, hub: HubSection) -> bool:
+    """Whether the push that a run's own recipe asks for was made."""
+    kept = read_json(run / PUSHED) or {}
+    outputs = (read_json(run / "lineage.json") or {}).get("outputs") or {}
+    same = kept.get("artifact") == outputs.get("artifact")
+    return bool(kept) and same and kept.get("asked") == hub.model_dump()
+
+
+def push_complete(config: StageConfig, output: Path, name: str) -> None:
+    """Push a complete run where its recipe asks for it; once, and from one process.
+
+    Raises:
+        NotPushed: it did not come about. The run stays, and the same command tries the push again.
+    """
+    asked = asked_of(config)
+    if asked is not None and kind_of(config) != "push" and is_main():
+        from align.hub.push import push_once
+
+        push_once(output, asked.hub, name=name)
 
 
 def _on_main(decide: Callable[[], Result]) -> tuple[Result | None, bool]:
@@ -383,20 +423,22 @@ def _on_main(decide: Callable[[], Result]) -> tuple[Result | None, bool]:
     Its AlignErrors are raised in all processes, so that none waits for one that gave up.
     """
     result: Result | None = None
-    verdict: list[Any] = [None, False]
+    verdict: list[Any] = [None, False, 0]
     if is_main():
         try:
             result = decide()
-            verdict = [None, result is not None]
+            verdict = [None, result is not None, 0]
         except AlignError as error:
-            verdict = [error.problems, False]
+            verdict = [error.problems, False, error.exit_code]
     if world_size() > 1:
         from accelerate.utils import broadcast_object_list
 
         _join()
         broadcast_object_list(verdict, from_process=0)
     if verdict[0] is not None:
-        raise AlignError(*verdict[0])
+        told = AlignError(*verdict[0])
+        told.exit_code = verdict[2]
+        raise told
     return result, verdict[1]
 
 
@@ -419,7 +461,8 @@ def run_stage(
         quiet: print no notes.
 
     Raises:
-        AlignError: something the user has to mend. `Stopped` after SIGTERM or Ctrl-C.
+        AlignError: something the user has to mend. `Stopped` after SIGTERM or Ctrl-C. `NotPushed`
+            after the run is complete, where its recipe asks for a push that failed.
     """
     stage = str(config.model_dump(include={"stage"})["stage"])
     name, output = name or stage, output_path(config)
@@ -429,13 +472,16 @@ def run_stage(
         if not to_do:
             if is_main() and not quiet:
                 say(f"{name}: nothing to do, {output} is complete and unchanged")
+            push_complete(config, output, name)
             return output
         folder = opened or RunFolder(config, name=name, quiet=quiet)
         if inputs:
             folder.trace("stages", dict(inputs))
         if folder.attempt > 1 and not quiet and folder.is_main:
             say(f"{name}: going on with {folder.path} (attempt {folder.attempt})")
-        return _run_in(folder)
+        _run_in(folder)
+        push_complete(config, output, name)
+        return output
 
 
 def _run_in(folder: RunFolder) -> Path:
@@ -478,11 +524,15 @@ def _disk_is_full(error: Exception, path: Path) -> bool:
 
 
 __all__ = [
+    "NotPushed",
     "RunFolder",
     "Stopped",
+    "check_push",
     "is_done",
+    "is_pushed",
     "output_path",
     "partial_path",
+    "push_complete",
     "recipe_text",
     "run_stage",
 ]

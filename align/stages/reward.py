@@ -6,6 +6,7 @@ from pydantic import Field
 
 from align.config.sections import (
     DataSection,
+    HubSection,
     LoraSection,
     ModelSection,
     NonNegativeFloat,
@@ -38,6 +39,7 @@ class RewardConfig(StageConfig):
     """Subtract the rows' `margin` in the loss (Llama 2); without it the margin is only used in the report."""
     merge_adapter: bool = False
     """Merge the trained adapter into the base, so that the artifact is a full sequence classifier."""
+    hub: HubSection = Field(default_factory=HubSection)
 
 
 def run(config: RewardConfig, folder: "RunFolder") -> None:

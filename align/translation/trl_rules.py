@@ -32,7 +32,11 @@ RULES: Rules = {
     "target_modules": To("lora.lora_target_modules", rules.names),
     "loss_type": Joint(),
     "label_smoothing_factor": Extra(),
-    **dict.fromkeys(ALIASES, To("rpo_alpha", rules.not_zero)),
+    **{
+        name: To("rpo_alpha", rules.not_zero)
+        for name, ours in ALIASES.items()
+        if ours == "rpo_alpha"
+    },
     "rpo_alpha": To("rpo_alpha", rules.not_zero),
     # the same name with another range of values
     "lora_target_modules": To("lora.lora_target_modules", rules.names),

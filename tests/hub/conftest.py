@@ -84,7 +84,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
-    from align.hub import push
+    from align.hub import account
 
     started = LocalHub(CANARY)
     monkeypatch.setenv("HF_TOKEN", CANARY)
@@ -93,6 +93,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(_http.time, "sleep", lambda _: None)
-    monkeypatch.setattr(push, "TIMEOUT", 20.0)
+    monkeypatch.setattr(account, "TIMEOUT", 20.0)
     yield started
     started.close()

@@ -99,7 +99,7 @@ def test_a_failure_says_what_happened_and_the_same_command_goes_on(
     words = ("--base-model-id", base)
     with monkeypatch.context() as patch:
         if fault.how == "timeout":
-            patch.setattr("align.hub.push.TIMEOUT", 0.4)
+            patch.setattr("align.hub.account.TIMEOUT", 0.4)
         assert push(run, *words) == 1
     out, err = capfd.readouterr()
     said = " ".join(err.split())
