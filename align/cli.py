@@ -235,7 +235,9 @@ def _stage_parameters(kind: str) -> Iterable[inspect.Parameter]:
     yield _parameter("ctx", typer.Context, inspect.Parameter.empty)
     if kind == "push":
         dry_run = typer.Option("--dry-run", help="List the files, send none.")
-        of = typer.Argument(metavar="[RUN]", help="A complete run of sft, reward, dpo or ppo; or give --recipe.")
+        of = typer.Argument(
+            metavar="[RUN]", help="A complete run of sft, reward, dpo or ppo; or give --recipe."
+        )
         yield _parameter("run", Annotated[str | None, of])
     yield _parameter("recipe", Annotated[str | None, recipe])
     yield _parameter("sets", Sets)

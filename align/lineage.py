@@ -290,7 +290,7 @@ def identify(config: StageConfig) -> Identity:
     for key in (*NOT_IN_RESULT, *BATCH):
         recipe.pop(key, None)
     if recipe["stage"] == "push":
-        inputs |= _evaluations(recipe.pop("run"))
+        inputs |= _evaluations(inputs["run"]["path"])
     else:
         recipe = {key: value for key, value in recipe.items() if not key.startswith(PUSH_KEYS)}
     contents = {

@@ -86,11 +86,14 @@ def is_here(name: str) -> bool:
 def plain_troubles(config: Any) -> Iterator[Trouble]:
     """What the `hub` section alone shows."""
     hub, is_push = config.hub, kind_of(config) == "push"
+    given = [
+        key for key, value in hub.model_dump(exclude_defaults=True).items() if key != "repo_id"
+    ]
     if hub.repo_id is None:
         if is_push:
             yield Trouble(("hub", "repo_id"), "is required", "as in `repo_id: my-org/my-model`")
-        elif hub.model_fields_set - {"repo_id"}:
-            key = sorted(hub.model_fields_set - {"repo_id"})[0]
+        elif given:
+            key = given[0]
             hint = "set `hub.repo_id: ORG/NAME`, or leave it out"
             hint += "; the model's own is `model.model_revision`" if key == "revision" else ""
             yield Trouble(("hub", key), "says how to push, and nothing is pushed", hint)
@@ -103,7 +106,7 @@ def plain_troubles(config: Any) -> Iterator[Trouble]:
     if hub.pr and hub.revision is not None:
         hint = "leave `pr` or `revision` out"
         yield Trouble(("hub", "revision"), "and `hub.pr`: a pull request is against main", hint)
-    if "merged_dtype" in hub.model_fields_set and not hub.merged and hub.repo_id is not None:
+    if "merged_dtype" in given and not hub.merged and hub.repo_id is not None:
         message = "is the type of merged weights, and nothing is merged"
         yield Trouble(("hub", "merged_dtype"), message, "set `hub.merged: true`, or leave it out")
     if is_push and (config.launch.num_processes > 1 or config.launch.accelerate is not None):

@@ -80,7 +80,8 @@ def _model_trouble(reference: Reference, target: StageConfig) -> tuple[str, str]
     name, kind = reference.stage, produces(target)
     text = reference.text
     if kind in ("samples", "results", "record"):
-        return f"needs a model, and `{text}` holds {kind}", "name a stage that trains a model"
+        held = "the record of a push" if kind == "record" else kind
+        return f"needs a model, and `{text}` holds {held}", "name a stage that trains a model"
     if reference.file:
         return f"needs a model folder, and `{text}` is a file in it", f"write `${name}`"
     if reference.pattern == "run":
