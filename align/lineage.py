@@ -24,6 +24,7 @@ from align.durable import read_json, write_json
 from align.environment import library_version
 from align.registry import code_file
 from align.resources import find_path
+from align.secrets import scrubbed
 
 NOT_IN_RESULT = (
     "output_dir",
@@ -275,7 +276,7 @@ def identify(config: StageConfig) -> Identity:
     Raises:
         AlignError: rows that the recipe names are not there.
     """
-    recipe = dict(leaves(config.model_dump(mode="json")))
+    recipe = dict(leaves(scrubbed(config.model_dump(mode="json"))))
     inputs = _named_inputs(recipe) | _code_inputs(recipe)
     for key in [key for key in recipe if key in inputs or _any(key, DATA_KEYS)]:
         del recipe[key]

@@ -27,6 +27,7 @@ from align.report.tables import key_metrics, show_table, write_table
 from align.report.terminal import say
 from align.resources import display
 from align.runs import PUSHED, is_pushed, output_path, push_complete, recipe_text, run_stage
+from align.secrets import scrubbed
 from align.stages import OUTSIDE
 from align.standing import refuse, standing
 from align.status import PIPELINE_FILE, Plan, StageStatus, survey
@@ -132,7 +133,7 @@ class _Walk:
                 name: {
                     "kind": plan.kind(name),
                     "needs": list(plan.needs(name)),
-                    "config": config.model_dump(mode="json", exclude_unset=True)
+                    "config": scrubbed(config.model_dump(mode="json", exclude_unset=True))
                     | {"output_dir": str(output_path(config))},
                 }
                 for name, config in plan.configs.items()
@@ -150,6 +151,7 @@ class _Walk:
                 self.stage(name)
             except NotPushed as error:
                 self.unpushed[name] = error
+                say(f"{name}: not pushed, the other stages go on: {error.problems[0]}", style="red")
                 self.note(name, failure=str(error.problems[0])[:300])
             except AlignError as error:
                 self.failed(name, error)
@@ -250,7 +252,7 @@ class _Walk:
         stage = self.record["stages"][name]
         for key in ("failure", "fingerprint"):
             stage.pop(key, None)
-        stage |= facts
+        stage |= scrubbed(facts)
 
     def not_pushed(self) -> None:
         """Say which pushes failed; everything else is done and stays."""

@@ -23,7 +23,7 @@ import yaml
 from align.config.pushing import asked_of, kind_of
 from align.config.sections import HubSection, StageConfig
 from align.durable import free_name, read_json, rename, sync_tree, write_json, write_text
-from align.environment import SECRET, environment, is_main, scrub, world_size
+from align.environment import environment, is_main, world_size
 from align.errors import AlignError, NotPushed, fail
 from align.launch import check_world
 from align.lineage import (
@@ -36,6 +36,7 @@ from align.lineage import (
 )
 from align.locks import locked
 from align.report.terminal import say
+from align.secrets import scrub, scrubbed
 from align.stages import STAGES
 from align.standing import check_inputs, refuse, standing
 from align.stopping import Stopped, stoppable
@@ -72,17 +73,17 @@ def partial_path(output: Path) -> Path:
 
 def recipe_text(config: StageConfig) -> str:
     """A config as YAML that loads again; access tokens are left out."""
-    recipe = config.model_dump(mode="json")
+    recipe = scrubbed(config.model_dump(mode="json"))
     given = config.model_dump(mode="json", exclude_unset=True)
     for section, key in UNSET_MATTERS:
         if key in recipe.get(section, {}) and key not in given.get(section, {}):
             del recipe[section][key]
     ordered = {"stage": recipe.pop("stage"), "output_dir": recipe.pop("output_dir"), **recipe}
-    return SECRET.sub("<secret>", yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True))
+    return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: scalars of torch and NumPy unpacked, NaN and infinity as words."""
+    """A value as JSON has it: scalars of torch and NumPy unpacked, NaN and infinity as words, no access token."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -91,7 +92,9 @@ def _plain(value: Any) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return value if isinstance(value, str | int | float | None) else str(value)
+    if isinstance(value, int | float | None):
+        return value
+    return scrub(str(value))
 
 
 class RunFolder:
@@ -225,7 +228,7 @@ class RunFolder:
             "name": self.name,
             "fingerprint": identity.fingerprint,
             "parts": identity.parts,
-            "inputs": [{"key": key} | facts for key, facts in identity.inputs.items()],
+            "inputs": scrubbed([{"key": key} | facts for key, facts in identity.inputs.items()]),
         }
         write_text(self.path / "recipe.yaml", recipe_text(self.config), flush=False)
         write_json(self.path / "environment.json", self._environment(), flush=False)

@@ -11,10 +11,10 @@ from typing import Any
 
 from align.config.pushing import Asked
 from align.config.sections import HubSection
-from align.environment import scrub
 from align.errors import AlignError, HubFailure, Problem, fail
 from align.hub import files
 from align.report.terminal import say
+from align.secrets import scrub
 
 TIMEOUT = 120.0
 """Seconds that a single answer or block may take; the client itself would wait for ever."""
