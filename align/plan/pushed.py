@@ -51,7 +51,7 @@ def note_push(plan: StagePlan, asked: Asked, origin: Origin | None, artifact: fl
     sent, adapter = artifact, origin.adapter if origin is not None else 0
     if hub.merged and (adapter or artifact is None):
         sent = weight_bytes(shape, hub.merged_dtype) if shape is not None else None
-    if hub.merged and adapter and shape is not None and sent is not None:
+    if hub.merged and (adapter or artifact is None) and shape is not None and sent is not None:
         plan.disk["merged weights, until they are pushed"] = sent
         needed = weight_bytes(shape, "float32") / GIB
         where = "on the GPU, or on the host where it does not fit there"

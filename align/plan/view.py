@@ -135,7 +135,7 @@ def _duration(seconds: float) -> str:
 
 def _totals(plan: Plan) -> Iterator[Line]:
     seconds = plan.seconds
-    if seconds is not None:
+    if seconds:
         bound = "at most " if any(stage.tokens_are_bound for stage in plan.stages) else ""
         yield "time", f"{bound}about {_duration(seconds)} on {plan.gpu.name}", ""
     yield "disk", f"{size(plan.disk)}, downloads of known size included", ""
