@@ -42,6 +42,11 @@ SHORTEST = 12
 
 
 @cache
+def _names_a_secret(variable: str) -> bool:
+    return VARIABLE.match(variable) is not None
+
+
+@cache
 def _stored(file: str) -> str:
     try:
         return Path(file).expanduser().read_text(encoding="utf-8").strip()
@@ -51,9 +56,9 @@ def _stored(file: str) -> str:
 
 def own_secrets() -> Iterator[str]:
     """The secrets of this environment, and the token that `hf auth login` stored."""
-    for name, value in os.environ.items():
-        if len(value) >= SHORTEST and VARIABLE.match(name):
-            yield value.strip()
+    for name in os.environ:
+        if _names_a_secret(name) and len(value := os.environ.get(name, "").strip()) >= SHORTEST:
+            yield value
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     stored = _stored(os.environ.get("HF_TOKEN_PATH") or f"{home}/token")
     if len(stored) >= SHORTEST:
@@ -67,6 +72,8 @@ def holds_secret(text: str) -> bool:
 
 def scrub(text: str) -> str:
     """Text with everything that looks like an access token replaced by `<secret>`."""
+    if len(text) < SHORTEST and "=" not in text and "://" not in text:
+        return text  # a word: most texts are
     for own in own_secrets():
         text = text.replace(own, HIDDEN)
     if "://" in text:

@@ -412,3 +412,27 @@ def test_a_plan_of_a_run_that_is_there_counts_its_files(run, align):
     from align.report.progress import size
 
     assert f"{size(sum(sizes))} to me/x" in align("plan", "push.yaml")[1]
+
+
+@pytest.mark.slow
+def test_processes_of_a_pipeline_do_not_push_and_the_pipeline_does(
+    hub, recipe, align, trained, monkeypatch
+):
+    from align.runs import run_stage
+
+    def relaunch(words, launch):
+        config = load_stage(words[2]).config
+        assert config.hub.repo_id is None
+        run_stage(config.model_copy(update={"launch": type(launch)()}))
+        assert "me/own" not in hub.repos
+        return 0
+
+    monkeypatch.setattr("align.pipeline.relaunch", relaunch)
+    own = ("--set", "sft.hub.repo_id=me/own", "--set", "sft.hub.base_model_id=me/base")
+    several = ("--set", "sft.launch.num_processes=2", "--until", "sft")
+    assert align("run", "p.yaml", *own, *several)[0] == 0
+    assert trained == ["sft"]
+    assert MODEL in hub.files("me/own")
+    hub.requests.clear()
+    assert "nothing to do" in align("run", "p.yaml", *own, *several)[1]
+    assert hub.requests == []
