@@ -103,7 +103,7 @@ def who_am_i(api: Any, repo_id: str, way_on: str) -> Account:
             hint="`hf auth login`, or set HF_TOKEN to a token that may write",
         )
     with answers(repo_id, "checking the token", way_on):
-        who = api.whoami()
+        who = api.whoami(cache=True)  # once per command: the Hub counts these
     token = (who.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
         fail(
@@ -154,8 +154,8 @@ def check_ahead(pushes: Sequence[Asked], *, way_out: str) -> None:
             who_am_i(api, sent[0], way_on)
         for asked in pushes if not problems else ():
             with _refusals(problems, way_out):
-                check_account(api, asked.hub, way_on)
-                _check_there(api, asked, sent, way_on)
+                account = check_account(api, asked.hub, way_on)
+                _check_there(api, account, asked, sent, way_on)
     if problems:
         raise AlignError(*problems)
 
@@ -174,7 +174,9 @@ def _refusals(problems: list[Problem], way_out: str) -> Iterator[None]:
         problems += error.problems
 
 
-def _check_there(api: Any, asked: Asked, sent: Sequence[str], way_on: str) -> None:
+def _check_there(
+    api: Any, account: Account, asked: Asked, sent: Sequence[str], way_on: str
+) -> None:
     """The repository, the base and the collection of a push, as they stand now."""
     hub, repo = asked.hub, str(asked.hub.repo_id)
     with answers(repo, "looking at the repository", way_on):
@@ -183,6 +185,8 @@ def _check_there(api: Any, asked: Asked, sent: Sequence[str], way_on: str) -> No
             api.auth_check(repo, write=True)
     if info is not None:
         _check_repository(asked, info)
+    else:
+        account.check_owner(repo)  # it has to be made, for a pull request too
     base = (hub.base_model_id or "").partition("@")[0]
     if base and base not in sent:
         with answers(repo, f"looking at {base}", way_on):
