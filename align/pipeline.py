@@ -22,11 +22,12 @@ from align.errors import AlignError, NotPushed, Problem, fail
 from align.launch import launched_world, needs_launch, relaunch
 from align.lineage import Identity, identify
 from align.locks import locked
+from align.pushes import PUSHED, is_pushed, push_complete
 from align.report.progress import duration
 from align.report.tables import key_metrics, show_table, write_table
 from align.report.terminal import say
 from align.resources import display
-from align.runs import PUSHED, is_pushed, output_path, push_complete, recipe_text, run_stage
+from align.runs import output_path, recipe_text, run_stage
 from align.secrets import scrubbed
 from align.stages import OUTSIDE
 from align.standing import refuse, standing

@@ -20,11 +20,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-from align.config.pushing import asked_of, kind_of
-from align.config.sections import HubSection, StageConfig
+from align.config.sections import StageConfig
 from align.durable import free_name, read_json, rename, sync_tree, write_json, write_text
 from align.environment import environment, is_main, world_size
-from align.errors import AlignError, NotPushed, fail
+from align.errors import AlignError, fail
 from align.launch import check_world
 from align.lineage import (
     Identity,
@@ -35,6 +34,7 @@ from align.lineage import (
     leaves,
 )
 from align.locks import locked
+from align.pushes import check_push, push_complete
 from align.report.terminal import say
 from align.secrets import scrub, scrubbed
 from align.stages import STAGES
@@ -46,9 +46,6 @@ Result = TypeVar("Result")
 WORKING = ("checkpoints", "parts")
 """Folders that only an unfinished run needs."""
 
-
-PUSHED = "pushed.json"
-"""In the folder of a run whose own recipe asked for a push: what was pushed, and where."""
 
 SMALLER = (
     "halve trainer.per_device_train_batch_size and double trainer.gradient_accumulation_steps "
@@ -381,43 +378,8 @@ def _prepare(config: StageConfig, name: str, quiet: bool) -> RunFolder | None:
         # Stopped between the last file and the new name: nothing is left to do but that.
         publish(partial, output)
         return None
-    if kind_of(config) != "push":
-        check_push(config)
+    check_push(config)
     return RunFolder(config, name=name, quiet=quiet, identity=identity)
-
-
-def check_push(config: StageConfig) -> None:
-    """Before a run that is to be pushed: ask the Hub whether it can be. Does nothing for others.
-
-    Raises:
-        AlignError: the push would be refused; nothing has run.
-    """
-    asked = asked_of(config)
-    if asked is not None:
-        from align.hub.account import check_ahead
-
-        check_ahead([asked], way_out="leave `hub` out of the recipe")
-
-
-def is_pushed(run: Path, hub: HubSection) -> bool:
-    """Whether the push that a run's own recipe asks for was made."""
-    kept = read_json(run / PUSHED) or {}
-    outputs = (read_json(run / "lineage.json") or {}).get("outputs") or {}
-    same = kept.get("artifact") == outputs.get("artifact")
-    return bool(kept) and same and kept.get("asked") == hub.model_dump()
-
-
-def push_complete(config: StageConfig, output: Path, name: str) -> None:
-    """Push a complete run where its recipe asks for it; once, and from one process.
-
-    Raises:
-        NotPushed: it did not come about. The run stays, and the same command tries the push again.
-    """
-    asked = asked_of(config)
-    if asked is not None and kind_of(config) != "push" and is_main():
-        from align.hub.push import push_once
-
-        push_once(output, asked.hub, name=name)
 
 
 def _on_main(decide: Callable[[], Result]) -> tuple[Result | None, bool]:
@@ -527,15 +489,11 @@ def _disk_is_full(error: Exception, path: Path) -> bool:
 
 
 __all__ = [
-    "NotPushed",
     "RunFolder",
     "Stopped",
-    "check_push",
     "is_done",
-    "is_pushed",
     "output_path",
     "partial_path",
-    "push_complete",
     "recipe_text",
     "run_stage",
 ]

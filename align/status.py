@@ -16,7 +16,8 @@ from align.config.sections import StageConfig
 from align.durable import folder_size, read_json
 from align.errors import AlignError, fail
 from align.lineage import Identity, identify
-from align.runs import is_pushed, output_path, partial_path
+from align.pushes import is_pushed
+from align.runs import output_path, partial_path
 from align.standing import standing
 
 State = Literal["complete", "changed", "damaged", "foreign", "partial", "failed", "missing", "off"]

@@ -22,10 +22,10 @@ from align.hub.facts import RunFacts, is_local, read_run
 from align.hub.licences import Licence, llama_licence
 from align.lineage import file_digests, file_sha256
 from align.locks import locked
+from align.pushes import PUSHED, is_pushed
 from align.report.progress import size
 from align.report.terminal import say
 from align.resources import display
-from align.runs import PUSHED, is_pushed
 from align.stopping import Stopped, stoppable
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from align.config.load import load_pipeline, load_stage
 from align.durable import read_json
 from align.errors import AlignError
 from align.lineage import identify
-from align.runs import push_complete
+from align.pushes import push_complete
 
 MODEL = "adapter_model.safetensors"
 
