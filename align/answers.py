@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import AlignError, Problem
+from align.secrets import scrub, scrubbed
 
 MOST_LINES = 44
 """Lines of one error: it must fit on a screen."""
@@ -16,7 +17,7 @@ MOST_LINES = 44
 
 def print_json(value: Any) -> None:
     """A value as JSON on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    print(json.dumps(scrubbed(value), indent=2, ensure_ascii=False, default=str))
 
 
 def problems_json(problems: Iterable[Problem]) -> dict[str, Any]:
@@ -60,7 +61,6 @@ def answer(error: AlignError, *, as_json: bool = False) -> int:
 
 def crash(error: Exception) -> int:
     """Say that something unexpected happened, and where the traceback is; returns the exit code."""
-    from align.environment import scrub
     from align.report.terminal import say
 
     # A stage leaves the traceback in its own log, and a note that says where.

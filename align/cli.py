@@ -43,6 +43,7 @@ SUMMARIES = {
     "dpo": "Direct preference optimization on pairs.",
     "ppo": "Proximal policy optimization against a reward model.",
     "eval": "Answer held-out prompts and score the answers, with intervals.",
+    "push": "Upload a run's model with tokenizer, chat template and card. Private unless --public.",
 }
 
 QUIET = {
@@ -210,6 +211,7 @@ def stage_command(kind: str) -> Callable[..., None]:
             values["recipe"],
             values["sets"] or [],
             {name: value for name, value in flags.items() if value is not None},
+            run=values.get("run"),
             options=values["options"],
             dry_run=values["dry_run"],
             as_json=values.get("as_json", False),
@@ -231,6 +233,12 @@ def _stage_parameters(kind: str) -> Iterable[inspect.Parameter]:
     )
     dry_run = typer.Option("--dry-run", help="Print the resolved recipe and stop.")
     yield _parameter("ctx", typer.Context, inspect.Parameter.empty)
+    if kind == "push":
+        dry_run = typer.Option("--dry-run", help="List the files, send none.")
+        of = typer.Argument(
+            metavar="[RUN]", help="A complete run of sft, reward, dpo or ppo; or give --recipe."
+        )
+        yield _parameter("run", Annotated[str | None, of])
     yield _parameter("recipe", Annotated[str | None, recipe])
     yield _parameter("sets", Sets)
     yield _parameter("options", Annotated[str | None, options])
@@ -269,6 +277,7 @@ def _run_stage_command(
     sets: Sequence[str],
     flags: dict[str, Any],
     *,
+    run: str | None,
     options: str | None,
     dry_run: bool,
     as_json: bool,
@@ -283,13 +292,17 @@ def _run_stage_command(
         if not print_options(kind, options):
             fail(f"no key of `{kind}` has `{options}`", hint=f"`align {kind} --options` lists all")
         return
-    if recipe is None and not sets and not flags:
+    if recipe is None and not sets and not flags and run is None:
         fail(
             "nothing to run",
             where=f"align {kind}",
             hint=f"give --recipe RECIPE (`align recipes list`), or flags (`align {kind} --help`)",
         )
-    loaded = load_stage(recipe, ordered(words, sets, flags), stage=kind, ready=not dry_run)
+    changes = ordered(words, sets, flags)
+    if kind == "push":
+        model_commands.push(recipe, run, changes, dry_run=dry_run)
+        return
+    loaded = load_stage(recipe, changes, stage=kind, ready=not dry_run)
     if dry_run:
         print(recipe_text(loaded.config), end="")
         return

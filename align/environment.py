@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from align.secrets import scrub_arguments
+
 LIBRARIES = (
     "align",
     "torch",
@@ -38,23 +40,6 @@ LAUNCH_VARIABLES = (
 
 ALLOW_CODE = "ALIGN_ALLOW_CODE"
 """Set to 1 by `--allow-code`: a reward function may then come from a file. No recipe can set it."""
-
-SECRET = re.compile(
-    r"(?<![\w-])(?:"
-    r"hf_[A-Za-z0-9]{16,}"
-    r"|gh[pousr]_[A-Za-z0-9]{16,}"
-    r"|github_pat_\w{16,}"
-    r"|sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[A-Za-z0-9_-]{20,}"
-    r"|AKIA[A-Z0-9]{16})"
-)
-"""Keys of Hugging Face, GitHub, AWS, and those that begin with `sk-`: a path such as
-`runs/task-specific` or `hf_checkpoints` is none of them."""
-
-SECRET_NAME = r"[\w.-]*(?:(?:hub|access|auth|hf)[_-]?token|api[_-]?key|password|secret)"
-
-SECRET_OPTION = re.compile(rf"(?i)({SECRET_NAME}=)(\S+)")
-
-SECRET_FLAG = re.compile(rf"(?i)^--?{SECRET_NAME}$")
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -87,20 +72,6 @@ def is_main() -> bool:
 def world_size() -> int:
     """Processes of this launch."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def scrub(text: str) -> str:
-    """Text with everything that looks like an access token replaced by `<secret>`."""
-    return SECRET.sub("<secret>", SECRET_OPTION.sub(r"\1<secret>", text))
-
-
-def scrub_arguments(arguments: list[str]) -> list[str]:
-    """A command line without access tokens, also where a flag and its value are two words."""
-    shown: list[str] = []
-    for argument in arguments:
-        hidden = shown and SECRET_FLAG.match(shown[-1])
-        shown.append("<secret>" if hidden else scrub(argument))
-    return shown
 
 
 @cache

@@ -30,6 +30,25 @@ class AlignError(Exception):
         super().__init__("\n".join(str(problem) for problem in problems))
 
 
+class NotPushed(AlignError):
+    """A push that did not come about. The run that was to be pushed is complete and stays."""
+
+    @classmethod
+    def of(cls, error: AlignError) -> "NotPushed":
+        """The same problems with the same exit code."""
+        made = cls(*error.problems)
+        made.exit_code = error.exit_code
+        return made
+
+
+class HubFailure(NotPushed):
+    """The Hub or the way to it failed. Nothing is lost; exit code 1."""
+
+    exit_code = 1
+    status: int | None = None
+    """The HTTP status, where the Hub gave one."""
+
+
 def fail(message: str, *, where: str | None = None, hint: str | None = None) -> NoReturn:
     """Raise an AlignError with a single problem."""
     raise AlignError(Problem(message, where, hint))

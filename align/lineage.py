@@ -24,6 +24,7 @@ from align.durable import read_json, write_json
 from align.environment import library_version
 from align.registry import code_file
 from align.resources import find_path
+from align.secrets import scrubbed
 
 NOT_IN_RESULT = (
     "output_dir",
@@ -50,6 +51,9 @@ BATCH = (
 """Only their product, the rows per optimizer step, is in the fingerprint: how a step is split
 changes rounding (and the masks of dropout) alone, and may have to change when memory runs out."""
 
+PUSH_KEYS = "hub."
+"""Keys below it say what becomes of a complete run; only the stage `push` is made of them."""
+
 CODE_KEYS = "scorer.reward_funcs."
 """Keys below it are names of reward functions, some of them `FILE.py:NAME`."""
 
@@ -66,6 +70,7 @@ ROOMS = {
     "ppo": ("data", "models", "training", "generation", "evaluation", "tiny", "ppo"),
     "sample": ("data", "models", "generation", "evaluation", "tiny"),
     "eval": ("data", "models", "generation", "evaluation", "tiny"),
+    "push": ("hub",),
 }
 """Packages whose code decides a stage's result; a stage not named here depends on all of them."""
 
@@ -252,13 +257,27 @@ def _code_inputs(recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _evaluations(run: str) -> dict[str, dict[str, Any]]:
+    """The evaluations that a model card will speak of, by content."""
+    from align.hub.facts import evaluations_of
+
+    return {
+        f"evaluation[{place.name}]": {
+            "path": str(place),
+            "kind": "evaluation",
+            "sha256": lineage["outputs"]["artifact"],
+        }
+        for place, lineage, _ in evaluations_of(Path(run))
+    }
+
+
 def identify(config: StageConfig) -> Identity:
     """Read a config's inputs and say what a run of it is made of.
 
     Raises:
         AlignError: rows that the recipe names are not there.
     """
-    recipe = dict(leaves(config.model_dump(mode="json")))
+    recipe = dict(leaves(scrubbed(config.model_dump(mode="json"))))
     inputs = _named_inputs(recipe) | _code_inputs(recipe)
     for key in [key for key in recipe if key in inputs or _any(key, DATA_KEYS)]:
         del recipe[key]
@@ -272,6 +291,10 @@ def identify(config: StageConfig) -> Identity:
             recipe["processes"] = recipe["launch.num_processes"]
     for key in (*NOT_IN_RESULT, *BATCH):
         recipe.pop(key, None)
+    if recipe["stage"] == "push":
+        inputs |= _evaluations(inputs["run"]["path"])
+    else:
+        recipe = {key: value for key, value in recipe.items() if not key.startswith(PUSH_KEYS)}
     contents = {
         key: facts.get("sha256") or f"{facts['path']}@{facts.get('revision', '')}"
         for key, facts in inputs.items()

@@ -1,12 +1,16 @@
 """The commands around finished runs, models and the Hub. As light as `cli.py` until they work."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from align.answers import print_json
 from align.errors import fail
+
+if TYPE_CHECKING:
+    from align.config.draft import Override
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
@@ -55,42 +59,28 @@ def merge(
 
 
 def push(
-    run: Annotated[Path, typer.Argument(help="A complete run folder of sft, reward, dpo or ppo.")],
-    repo_id: Annotated[str, typer.Option("--repo-id", metavar="ORG/NAME", help="On the Hub.")],
-    merged: Annotated[bool, typer.Option("--merged", help="Merged weights, no adapter.")] = False,
-    public: Annotated[bool, typer.Option("--public", help="Private when unset.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch; made if missing.")] = None,
-    pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead.")] = False,
-    collection: Annotated[
-        str | None, typer.Option(metavar="SLUG", help="Add the model to this collection.")
-    ] = None,
-    base_model_id: Annotated[
-        str | None,
-        typer.Option(
-            "--base-model-id", metavar="ID", help="The base on the Hub, if here a folder."
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=0, help="Sample answers in the card.")] = 3,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, send none.")] = False,
+    recipe: str | None, run: str | None, changes: "Sequence[str | Override]", *, dry_run: bool
 ) -> None:
-    """Upload a run's model with tokenizer, chat template and card. Private unless --public."""
-    _make_ready()
-    from align.hub.push import Push, push
+    """`align push`: a run folder that is named, or the stage of a recipe with a folder of its own."""
+    from align.config.draft import Override
+    from align.config.load import load_stage
+    from align.hub.push import Push, list_files, push
+    from align.runs import run_stage
 
-    push(
-        Push(
-            run=run,
-            repo_id=repo_id,
-            merged=merged,
-            public=public,
-            revision=revision,
-            pr=pr,
-            collection=collection,
-            base_model_id=base_model_id,
-            samples=samples,
-        ),
-        dry_run=dry_run,
-    )
+    given = [Override("run", run, "RUN")] if run is not None else []
+    places = [one if isinstance(one, str) else f"{one.key}=" for one in changes]
+    direct = recipe is None and not any(one.startswith("output_dir=") for one in places)
+    if direct:  # nothing is written but what the push itself needs
+        given.append(Override("output_dir", "none"))
+    config: Any = load_stage(recipe, [*given, *changes], stage="push").config
+    _make_ready()
+    asked = Push.of(Path(config.run), config.hub)
+    if dry_run:
+        list_files(asked)
+    elif direct:
+        push(asked)
+    else:
+        run_stage(config)
 
 
 def runs(
@@ -307,6 +297,5 @@ COMMANDS: dict[str, Any] = {
     "compare": compare,
     "merge": merge,
     "export": export,
-    "push": push,
 }
 """Name -> what it does."""

@@ -45,6 +45,10 @@ EVERYDAY: Mapping[str, tuple[str, ...]] = {
         *("generation.max_new_tokens", "generation.generation_batch_size"),
         *("judge", "reward_model", "reference", "baseline", "seed", *LAUNCH),
     ),
+    "push": (
+        *("output_dir", "hub.repo_id", "hub.merged", "hub.merged_dtype", "hub.public"),
+        *("hub.revision", "hub.pr", "hub.collection", "hub.base_model_id", "hub.samples"),
+    ),
 }
 """Keys of each stage that are flags of their own; every other key goes through `--set`."""
 
@@ -58,6 +62,7 @@ PANELS = {
     "scorer": "Scoring",
     "pairs": "Scoring",
     "alarms": "Alarms",
+    "hub": "Hub",
     "launch": "Launch",
 }
 """Section -> heading of its flags in the help."""

@@ -13,20 +13,23 @@ from pathlib import Path
 
 from align.config.load import LoadedPipeline
 from align.config.problems import dotted
+from align.config.pushing import Asked, asked_of, kind_of
 from align.config.references import references
-from align.config.sections import StageConfig
+from align.config.sections import HubSection, StageConfig
 from align.config.suggest import nearest
 from align.durable import free_name, read_json, rename, write_json, write_text
-from align.environment import scrub
-from align.errors import AlignError, Problem, fail
+from align.errors import AlignError, NotPushed, Problem, fail
 from align.launch import launched_world, needs_launch, relaunch
 from align.lineage import Identity, identify
 from align.locks import locked
+from align.pushes import PUSHED, is_pushed, push_complete
 from align.report.progress import duration
 from align.report.tables import key_metrics, show_table, write_table
 from align.report.terminal import say
 from align.resources import display
 from align.runs import given, output_path, recipe_text, run_stage
+from align.secrets import scrub, scrubbed
+from align.stages import OUTSIDE
 from align.standing import refuse, standing
 from align.status import PIPELINE_FILE, Plan, StageStatus, survey
 from align.stopping import Stopped, stoppable
@@ -58,10 +61,15 @@ def run_pipeline(
     with stoppable():
         found = {stage.name: stage for stage in survey(plan)}
         _refuse_foreign(plan, names, found)
-        if not force and all(found[name].state == "complete" for name in names):
+        pushes = _pushes(plan, names, found)
+        if not force and not pushes and all(found[name].state == "complete" for name in names):
             say(f"nothing to do: all {len(names)} stages are complete and unchanged", style="green")
             _finish(plan, names, write=not (plan.output / "table.md").exists())
             return plan.output
+        if pushes:
+            from align.hub.account import check_ahead
+
+            check_ahead(pushes, way_out="leave the push out of the pipeline for now")
         with locked(plan.output):
             try:
                 _Walk(plan, names, set(force)).go()
@@ -89,6 +97,20 @@ def _refuse_foreign(plan: Plan, names: Sequence[str], found: dict[str, StageStat
         if found[name].state == "foreign":
             output = output_path(plan.configs[name])
             refuse(output, standing(output, Identity({}, {})))
+
+
+def _pushes(plan: Plan, names: Sequence[str], found: dict[str, StageStatus]) -> list[Asked]:
+    """The pushes to the Hub that this walk will come to."""
+    pushes = []
+    for name in names:
+        config = plan.configs[name]
+        asked = asked_of(config, plan.configs)
+        done = found[name].state == "complete"
+        if asked is not None and done and kind_of(config) not in OUTSIDE:
+            done = is_pushed(output_path(config), asked.hub)
+        if asked is not None and not done:
+            pushes.append(asked)
+    return pushes
 
 
 def _finish(plan: Plan, names: Sequence[str], *, write: bool) -> None:
@@ -126,6 +148,8 @@ class _Walk:
     def __init__(self, plan: Plan, names: Sequence[str], force: set[str]) -> None:
         self.plan, self.names, self.force = plan, names, force
         self.file = plan.output / PIPELINE_FILE
+        self.unpushed: dict[str, NotPushed] = {}
+        """Stages whose push failed: nothing waits for them."""
         kept = read_json(self.file) or {}
         self.record = {
             "recipe": plan.recipe,
@@ -135,7 +159,7 @@ class _Walk:
                 name: {
                     "kind": plan.kind(name),
                     "needs": list(plan.needs(name)),
-                    "config": config.model_dump(mode="json", exclude_unset=True)
+                    "config": scrubbed(config.model_dump(mode="json", exclude_unset=True))
                     | {"output_dir": str(output_path(config))},
                     "origins": given(plan.origins.get(name, {})),
                 }
@@ -152,6 +176,10 @@ class _Walk:
         for name in self.names:
             try:
                 self.stage(name)
+            except NotPushed as error:
+                self.unpushed[name] = error
+                say(f"{name}: not pushed, the other stages go on: {error.problems[0]}", style="red")
+                self.note(name, failure=str(error.problems[0])[:300])
             except AlignError as error:
                 self.failed(name, error)
             except Exception as error:
@@ -162,6 +190,8 @@ class _Walk:
                 write_json(self.file, self.record)
                 self.tidy()
         _finish(self.plan, self.names, write=True)
+        if self.unpushed:
+            self.not_pushed()
 
     def stage(self, name: str) -> None:
         """Bring one stage to completion, by leaving it, bringing it back or running it."""
@@ -171,6 +201,7 @@ class _Walk:
         forced = name in self.force
         if found.state == "unchanged" and not forced:
             say(f"{name}: unchanged")
+            push_complete(config, output, name)
             self.note(name, fingerprint=identity.fingerprint)
             return
         if found.state == "foreign":
@@ -178,6 +209,7 @@ class _Walk:
         if found.state != "absent":
             self.retire(name, output, found.reasons or ("asked for by --force",))
         if not forced and self.bring_back(name, output, identity):
+            push_complete(config, output, name)
             self.note(name, fingerprint=identity.fingerprint)
             return
         self.run(name, config)
@@ -189,6 +221,7 @@ class _Walk:
         say(f"[{number}/{len(self.plan.chosen)}] {name} ({self.plan.kind(name)})", style="bold")
         if needs_launch(config.launch):
             self.launch(name, config)
+            push_complete(config, output_path(config), name)
         else:
             sources = {
                 dotted(found.path): found.stage for found in references(self.plan.configs[name])
@@ -201,7 +234,9 @@ class _Walk:
         say(f"{name}: done in {took}" + (f" ({figures})" if figures else ""), style="green")
 
     def launch(self, name: str, config: StageConfig) -> None:
-        """Run one stage in several processes, by its own command."""
+        """Run one stage in several processes, by its own command; a push is not theirs."""
+        if isinstance(hub := getattr(config, "hub", None), HubSection):
+            config = config.model_copy(update={"hub": type(hub)()})
         recipe = self.plan.output / ".recipes" / f"{name}.yaml"
         recipe.parent.mkdir(parents=True, exist_ok=True)
         write_text(recipe, recipe_text(config))
@@ -224,8 +259,9 @@ class _Walk:
     def bring_back(self, name: str, output: Path, identity: Identity) -> bool:
         """Take a run of this very recipe and these inputs back from `.old/`, if there is one."""
         kept = self.plan.output / OLD / f"{name}-{identity.fingerprint[:8]}"
-        if standing(kept, identity).state != "unchanged":
+        if self.plan.kind(name) in OUTSIDE or standing(kept, identity).state != "unchanged":
             return False
+        (kept / PUSHED).unlink(missing_ok=True)  # the Hub may hold the run in between by now
         if output.exists():
             output.rmdir()  # an empty folder, or it would not be absent
         rename(kept, output)
@@ -243,7 +279,18 @@ class _Walk:
         stage = self.record["stages"][name]
         for key in ("failure", "fingerprint"):
             stage.pop(key, None)
-        stage |= facts
+        stage |= scrubbed(facts)
+
+    def not_pushed(self) -> None:
+        """Say which pushes failed; everything else is done and stays."""
+        problems = [one for error in self.unpushed.values() for one in error.problems]
+        names = ", ".join(f"`{name}`" for name in self.unpushed)
+        goes_on = (
+            f"`align run {display(Path(self.plan.recipe))}` tries that again, and nothing else"
+        )
+        told = NotPushed(*problems, Problem(f"not pushed: {names}; all else is done", hint=goes_on))
+        told.exit_code = max(error.exit_code for error in self.unpushed.values())
+        raise told
 
     def failed(self, name: str, error: AlignError) -> None:
         """Say what failed, what stays and how to go on, with the error's own exit code."""

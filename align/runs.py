@@ -22,7 +22,7 @@ import yaml
 
 from align.config.sections import StageConfig
 from align.durable import free_name, read_json, rename, sync_tree, write_json, write_text
-from align.environment import SECRET, environment, is_main, keep_freed_memory, scrub, world_size
+from align.environment import environment, is_main, keep_freed_memory, world_size
 from align.errors import AlignError, fail
 from align.launch import check_world
 from align.lineage import (
@@ -34,7 +34,9 @@ from align.lineage import (
     leaves,
 )
 from align.locks import locked
+from align.pushes import check_push, push_complete
 from align.report.terminal import say
+from align.secrets import scrub, scrubbed
 from align.stages import STAGES
 from align.standing import check_inputs, refuse, standing
 from align.stopping import Stopped, stoppable
@@ -76,17 +78,17 @@ def given(origins: Mapping[str, str]) -> dict[str, str]:
 
 def recipe_text(config: StageConfig) -> str:
     """A config as YAML that loads again; access tokens are left out."""
-    recipe = config.model_dump(mode="json")
+    recipe = scrubbed(config.model_dump(mode="json"))
     given = config.model_dump(mode="json", exclude_unset=True)
     for section, key in UNSET_MATTERS:
         if key in recipe.get(section, {}) and key not in given.get(section, {}):
             del recipe[section][key]
     ordered = {"stage": recipe.pop("stage"), "output_dir": recipe.pop("output_dir"), **recipe}
-    return SECRET.sub("<secret>", yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True))
+    return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: scalars of torch and NumPy unpacked, NaN and infinity as words."""
+    """A value as JSON has it: scalars of torch and NumPy unpacked, NaN and infinity as words, no access token."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -95,7 +97,9 @@ def _plain(value: Any) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return value if isinstance(value, str | int | float | None) else str(value)
+    if isinstance(value, int | float | None):
+        return value
+    return scrub(str(value))
 
 
 class RunFolder:
@@ -230,7 +234,7 @@ class RunFolder:
             "name": self.name,
             "fingerprint": identity.fingerprint,
             "parts": identity.parts,
-            "inputs": [{"key": key} | facts for key, facts in identity.inputs.items()],
+            "inputs": scrubbed([{"key": key} | facts for key, facts in identity.inputs.items()]),
         }
         write_text(self.path / "recipe.yaml", recipe_text(self.config), flush=False)
         if origins is not None:
@@ -387,6 +391,7 @@ def _prepare(
         # Stopped between the last file and the new name: nothing is left to do but that.
         publish(partial, output)
         return None
+    check_push(config)
     return RunFolder(config, name=name, quiet=quiet, identity=identity, origins=origins)
 
 
@@ -396,20 +401,22 @@ def _on_main(decide: Callable[[], Result]) -> tuple[Result | None, bool]:
     Its AlignErrors are raised in all processes, so that none waits for one that gave up.
     """
     result: Result | None = None
-    verdict: list[Any] = [None, False]
+    verdict: list[Any] = [None, False, 0]
     if is_main():
         try:
             result = decide()
-            verdict = [None, result is not None]
+            verdict = [None, result is not None, 0]
         except AlignError as error:
-            verdict = [error.problems, False]
+            verdict = [error.problems, False, error.exit_code]
     if world_size() > 1:
         from accelerate.utils import broadcast_object_list
 
         _join()
         broadcast_object_list(verdict, from_process=0)
     if verdict[0] is not None:
-        raise AlignError(*verdict[0])
+        told = AlignError(*verdict[0])
+        told.exit_code = verdict[2]
+        raise told
     return result, verdict[1]
 
 
@@ -434,7 +441,8 @@ def run_stage(
         quiet: print no notes.
 
     Raises:
-        AlignError: something the user has to mend. `Stopped` after SIGTERM or Ctrl-C.
+        AlignError: something the user has to mend. `Stopped` after SIGTERM or Ctrl-C. `NotPushed`
+            after the run is complete, where its recipe asks for a push that failed.
     """
     stage = str(config.model_dump(include={"stage"})["stage"])
     name, output = name or stage, output_path(config)
@@ -444,6 +452,7 @@ def run_stage(
         if not to_do:
             if is_main() and not quiet:
                 say(f"{name}: nothing to do, {output} is complete and unchanged")
+            push_complete(config, output, name)
             return output
         folder = opened or RunFolder(config, name=name, quiet=quiet)
         if inputs:
@@ -451,7 +460,9 @@ def run_stage(
         if folder.attempt > 1 and not quiet and folder.is_main:
             say(f"{name}: going on with {folder.path} (attempt {folder.attempt})")
         keep_freed_memory()
-        return _run_in(folder)
+        _run_in(folder)
+        push_complete(config, output, name)
+        return output
 
 
 def _run_in(folder: RunFolder) -> Path:

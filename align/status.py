@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 from align.config.fields import config_class
 from align.config.load import LoadedPipeline
+from align.config.pushing import asked_of, kind_of
 from align.config.references import references, substitute
 from align.config.sections import StageConfig
 from align.durable import folder_size, read_json
 from align.errors import AlignError, fail
 from align.lineage import Identity, identify
+from align.pushes import is_pushed
 from align.runs import output_path, partial_path
 from align.standing import standing
 
@@ -124,6 +126,9 @@ def _stage_status(
             state, reasons = "failed", (failure,)
         elif partial.exists():
             state = "partial"
+    asked = asked_of(plan.configs[name]) if state == "complete" else None
+    if asked and kind_of(plan.configs[name]) != "push" and not is_pushed(output, asked.hub):
+        reasons = (f"not pushed to {asked.hub.repo_id} yet",)
     home = partial if state in ("partial", "failed") and partial.exists() else output
     return StageStatus(
         name,

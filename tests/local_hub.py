@@ -57,6 +57,10 @@ class LocalHub:
     def __init__(self, token: str) -> None:
         self.token = token
         self.role = "write"
+        self.orgs: dict[str, str] = {}
+        """Organization -> role in it."""
+        self.scopes: list[dict[str, Any]] | None = None
+        """What a fine-grained token may do; None for a plain one."""
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
@@ -102,7 +106,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(line)
         fault = self.hub.fault(line)
         if fault and fault.how == "reset":
-            self.rfile.read(min(int(self.headers.get("Content-Length") or 1), 1000))
+            sent = "Transfer-Encoding" in self.headers  # a GET has no body to wait for
+            self.rfile.read(min(int(self.headers.get("Content-Length") or sent), 1000))
             return self.reset()
         self.body = self.read_body()
         if fault and fault.how == "timeout":
@@ -178,7 +183,15 @@ class Handler(BaseHTTPRequestHandler):
     def whoami(self) -> None:
         if self.allowed():
             token = {"displayName": "test", "role": self.hub.role}
-            self.answer({"type": "user", "name": "me", "orgs": [], "auth": {"accessToken": token}})
+            if self.hub.scopes is not None:
+                token |= {"role": "fineGrained", "fineGrained": {"scoped": self.hub.scopes}}
+            orgs = [{"name": name, "roleInOrg": role} for name, role in self.hub.orgs.items()]
+            who = {"type": "user", "name": "me", "orgs": orgs, "auth": {"accessToken": token}}
+            self.answer(who)
+
+    def may_write(self, name: str) -> None:
+        if self.allowed() and self.repo(name):
+            self.answer({})
 
     def create(self) -> None:
         if not self.allowed():
@@ -219,20 +232,14 @@ class Handler(BaseHTTPRequestHandler):
         if self.allowed():
             item = json.loads(self.body)["item"]
             self.hub.collections.setdefault(slug, []).append(item["id"])
-            self.answer(
-                {
-                    "slug": slug,
-                    "title": slug,
-                    "owner": {"name": "me"},
-                    "items": [],
-                    "position": 0,
-                    "private": True,
-                    "theme": "blue",
-                    "lastUpdated": "2026-01-01T00:00:00.000Z",
-                    "description": None,
-                    "upvotes": 0,
-                }
-            )
+            self.answer(collection(slug))
+
+    def look_at_collection(self, slug: str) -> None:
+        if self.allowed():
+            if slug in self.hub.collections:
+                self.answer(collection(slug))
+            else:
+                self.missing("CollectionNotFound")
 
     # --- files
 
@@ -368,6 +375,21 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(content, headers=headers)
 
 
+def collection(slug: str) -> dict[str, Any]:
+    return {
+        "slug": slug,
+        "title": slug,
+        "owner": {"name": "me"},
+        "items": [],
+        "position": 0,
+        "private": True,
+        "theme": "blue",
+        "lastUpdated": "2026-01-01T00:00:00.000Z",
+        "description": None,
+        "upvotes": 0,
+    }
+
+
 NAME = r"([\w.-]+/[\w.-]+)"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", "/api/whoami-v2", Handler.whoami),
@@ -381,7 +403,9 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", f"/api/models/{NAME}/preupload/(.+)", Handler.preupload),
     ("POST", f"/api/models/{NAME}/commit/(.+)", Handler.commit),
     ("POST", f"/api/models/{NAME}/branch/(.+)", Handler.branch),
+    ("GET", f"/api/models/{NAME}/auth-check/write", Handler.may_write),
     ("POST", "/api/collections/(.+)/items", Handler.collect),
+    ("GET", "/api/collections/(.+)", Handler.look_at_collection),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", Handler.batch),
     ("PUT", r"/lfs/(\w+)", Handler.store),
     ("POST", r"/lfs/(\w+)", Handler.complete),

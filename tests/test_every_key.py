@@ -118,6 +118,12 @@ SEEN_ELSEWHERE = {
     "merge_adapter": "tests/stages/test_training_stages.py",
     "padding_free": "tests/training/test_pairs.py",
 }
+HUB = {
+    **dict.fromkeys(("repo_id", "base_model_id", "merged_dtype"), "tests/hub/test_stage.py"),
+    **dict.fromkeys(("merged", "public", "revision", "pr", "collection"), "tests/hub/test_push.py"),
+    "samples": "tests/hub/test_push.py",
+}
+SEEN_ELSEWHERE |= {f"hub.{key}": file for key, file in HUB.items()}
 """Keys whose effect is not an argument; the named test sees it. Data keys are flipped below."""
 
 
@@ -255,6 +261,13 @@ def test_every_data_key_is_flipped():
     assert known - flipped == {"dataset_num_proc"}
 
 
+def test_every_key_of_a_push_is_seen():
+    from align.stages.push import PushConfig
+
+    own = {field.name for field in leaf_fields(PushConfig)}
+    assert own - SEEN_ELSEWHERE.keys() == {"run"}
+
+
 # --- PPO: what a run of two rollouts shows ---------------------------------------------------
 
 PPO_FLIPS: dict[str, Any] = {
@@ -318,7 +331,7 @@ PPO_ELSEWHERE = {
 
 
 def test_every_key_of_ppo_is_flipped():
-    shared = {"output_dir", "stage", "launch", "model", "lora", "trainer", "data"}
+    shared = {"output_dir", "stage", "launch", "model", "lora", "trainer", "data", "hub"}
     own = {f.name for f in leaf_fields(PPOConfig) if f.name.split(".")[0] not in shared}
     assert own == PPO_FLIPS.keys() | PPO_ELSEWHERE.keys()
     for file in set(PPO_ELSEWHERE.values()):

@@ -12,7 +12,7 @@ HERD = (
     *("llama3-8b", "llama3.1-8b", "llama3.1-70b", "llama3.1-405b"),
     *("llama3.2-1b", "llama3.2-3b"),
 )
-STAGES = ("sft", "sft-qlora", "sft-full", "reward", "sample", "dpo", "eval", "pipeline")
+STAGES = ("sft", "sft-qlora", "sft-full", "reward", "sample", "dpo", "eval", "push", "pipeline")
 OTHERS = ("llama2-7b", "instruct", "tasks")
 REAL = [recipe for recipe in shipped_recipes() if recipe.name.partition("/")[0] in HERD + OTHERS]
 
@@ -79,6 +79,16 @@ def test_the_papers_settings(model):
     assert not full.lora.use_peft
     assert full.trainer.learning_rate == 1e-5
     assert load_stage(f"{model}/sft-qlora", ready=False).config.model.load_in_4bit
+
+
+@pytest.mark.parametrize("model", HERD)
+def test_a_push_is_ready_and_runs_only_when_asked_for(model):
+    alone = load_stage(f"{model}/push", ["repo_id=me/Llama-3-x", "public=true"], ready=False)
+    assert alone.config.run == f"runs/{model}/dpo"
+    assert "push" not in load_pipeline(f"{model}/pipeline", ready=False).chosen
+    chosen = load_pipeline(f"{model}/pipeline", with_stages=["push"], ready=False)
+    assert chosen.chosen[-1] == "push"
+    assert chosen.stages["push"].config.run == "$dpo"
 
 
 def test_llama_2_has_a_margin():

@@ -83,7 +83,9 @@ def test_display_is_short_where_it_can_be(here):
 def test_a_copied_pipeline_brings_its_stage_recipes_and_loads(here):
     copies = copy_recipe("llama3-8b/pipeline", here / "mine")
     names = {path.name for path in copies}
-    assert names == {f"{n}.yaml" for n in ("pipeline", "sft", "reward", "sample", "dpo", "eval")}
+    assert names == {
+        f"{n}.yaml" for n in ("pipeline", "sft", "reward", "sample", "dpo", "eval", "push")
+    }
     loaded = load_pipeline(here / "mine" / "pipeline.yaml")
     assert loaded.origins["sft.model.model_name_or_path"].startswith("mine/sft.yaml:")
 

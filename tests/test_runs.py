@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from align.durable import read_json, write_json
-from align.environment import scrub, scrub_arguments
 from align.errors import AlignError
 from align.locks import locked
 from align.runs import RunFolder, is_done, run_stage
+from align.secrets import scrub, scrub_arguments
 from align.stages.sft import SFTConfig
 from align.stopping import Stopped
 

@@ -18,8 +18,10 @@ from align.config.names import (
 )
 from align.config.paths import Trouble
 from align.config.problems import KeyPath
+from align.config.pushing import plain_troubles
 from align.config.sections import (
     DataSection,
+    HubSection,
     LoraSection,
     ModelSection,
     StageConfig,
@@ -45,6 +47,8 @@ def troubles(config: StageConfig) -> Iterator[Trouble]:
         yield from _trainer(trainer)
         if isinstance(data, DataSection):
             yield from _evaluation(trainer, data)
+    if isinstance(values.get("hub"), HubSection):
+        yield from plain_troubles(config)
     own = {"dpo": _dpo, "sample": _sample, "eval": _eval, "ppo": _ppo}.get(values["stage"])
     if own:
         yield from own(config)

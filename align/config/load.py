@@ -15,6 +15,7 @@ from align.config.draft import Draft, Layer, Override, parse_override
 from align.config.fields import config_class
 from align.config.paths import Trouble
 from align.config.problems import RecipeProblem, Source, in_order, shown
+from align.config.pushing import push_troubles, same_place
 from align.config.references import check, drop_unused
 from align.config.sections import StageConfig
 from align.config.suggest import nearest
@@ -32,7 +33,7 @@ class Loaded(NamedTuple):
 
     config: StageConfig
     kind: str
-    """The stage: `sft`, `reward`, `sample`, `dpo` or `eval`."""
+    """The stage: `sft`, `reward`, `sample`, ..."""
     path: Path
     origins: Mapping[str, str]
     """Dotted key -> `default`, `recipe.yaml:12`, `--set` or a flag's name."""
@@ -155,6 +156,9 @@ def load_stage(
     for change in changes:
         draft.override(change)
     config, pending = draft.complete()
+    if config is not None and not draft.problems:
+        for trouble in push_troubles(config):
+            draft.tell(trouble)
     problems += draft.problems
     if problems or config is None:
         raise AlignError(*in_order(problems))
@@ -209,6 +213,13 @@ def _connect(
     running = chosen if name in chosen else optional
     told = {trouble.key[0] for trouble in troubles}
     troubles += [t for t in check(name, configs, optional, running) if t.key[0] not in told]
+    if not troubles and name in chosen:
+        troubles = [*push_troubles(configs[name], configs)]
+        running_configs = {other: configs[other] for other in configs if other in chosen}
+        if twin := same_place(running_configs, name):
+            message = f"is where `{twin}` pushes to as well, and one model would replace the other"
+            hint = "name another repository, or another branch with `hub.revision`"
+            troubles.append(Trouble(("hub", "repo_id"), message, hint))
     for trouble in troubles:
         draft.tell(trouble)
 

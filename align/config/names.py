@@ -102,6 +102,7 @@ ALIASES = {
     "pref_ftx": "rpo_alpha",
     "nll_loss_coef": "rpo_alpha",
     "sft_loss_weight": "rpo_alpha",
+    "hub_model_id": "repo_id",
 }
 """What other tools call a knob of ours -> our leaf name; a recipe may use either, with a note."""
 

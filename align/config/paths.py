@@ -20,8 +20,9 @@ MODEL_KEYS = (
     "scorer.reward_model",
     "reward_model",
     "models.*",
+    "run",
 )
-"""Keys that name a model folder or a Hub id."""
+"""Keys that name a model folder or a Hub id; `run` a run folder."""
 
 DATA_KEYS = ("data.dataset_name", "data.datasets.*.path")
 """Keys that name rows: a file, a folder, a shipped data set or a Hub id."""
@@ -99,6 +100,9 @@ def locate(pattern: str, path: KeyPath, name: str, beside: Path) -> str | Troubl
     found = find_path(name, beside=beside, rooms=("datasets",) if is_data else ())
     if found:
         return str(found)
+    if pattern == "run":
+        hint = "run the stage that writes it first"
+        return Trouble(path, "is not there yet", hint, pending=True)
     if pattern == "model.chat_template_path":
         known = ", ".join(f"`{file.stem}`" for file in sorted(TEMPLATES.glob("*.jinja")))
         return Trouble(path, "names no file", f"name a Jinja file, or a shipped template: {known}")

@@ -12,7 +12,9 @@ from align.config.suggest import nearest
 
 FORM = re.compile(r"\$([A-Za-z_][\w-]*)(?:/(.+))?")
 
-Produces = Literal["policy", "adapter", "reward model", "reward adapter", "samples", "results"]
+Produces = Literal[
+    "policy", "adapter", "reward model", "reward adapter", "samples", "results", "record"
+]
 
 SAMPLE_FILES = ("sft.jsonl", "pairs.jsonl", "samples.parquet")
 """What `align sample` leaves in its artifact."""
@@ -60,6 +62,8 @@ def produces(config: StageConfig) -> Produces:
         return "samples"
     if kind == "eval":
         return "results"
+    if kind == "push":
+        return "record"
     use_peft = config.model_dump(include={"lora"})["lora"]["use_peft"]
     if kind == "reward":
         return "reward adapter" if use_peft else "reward model"
@@ -75,10 +79,13 @@ def _model_trouble(reference: Reference, target: StageConfig) -> tuple[str, str]
     """Message and hint where an artifact does not fit a key that names a model."""
     name, kind = reference.stage, produces(target)
     text = reference.text
-    if kind in ("samples", "results"):
-        return f"needs a model, and `{text}` holds {kind}", "name a stage that trains a model"
+    if kind in ("samples", "results", "record"):
+        held = "the record of a push" if kind == "record" else kind
+        return f"needs a model, and `{text}` holds {held}", "name a stage that trains a model"
     if reference.file:
         return f"needs a model folder, and `{text}` is a file in it", f"write `${name}`"
+    if reference.pattern == "run":
+        return None
     wants_reward = reference.pattern.endswith("reward_model")
     is_reward = kind in ("reward model", "reward adapter")
     if reference.pattern == "model.tokenizer_name_or_path":

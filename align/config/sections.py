@@ -227,6 +227,29 @@ class GenerationSection(Section):
     """Completions drawn at once."""
 
 
+class HubSection(Section):
+    """A push to the Hugging Face Hub, once the run is complete; `repo_id` asks for it."""
+
+    repo_id: str | None = None
+    """`ORG/NAME` on the Hub: the complete run is pushed there with its tokenizer and a model card."""
+    merged: bool = False
+    """Push the weights with the adapter merged in, not the adapter."""
+    merged_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of merged weights."""
+    public: bool = False
+    """Make the repository public; it is private when unset."""
+    revision: str | None = None
+    """Branch that takes the files; made if missing."""
+    pr: bool = False
+    """Open a pull request instead."""
+    collection: str | None = None
+    """Slug of a collection that the model is added to."""
+    base_model_id: str | None = None
+    """The base on the Hub, where an adapter's base is a folder here (`ORG/NAME[@REVISION]`)."""
+    samples: NonNegativeInt = 3
+    """Sample answers of an evaluation in the card."""
+
+
 class StageConfig(Section):
     """What every stage has."""
 

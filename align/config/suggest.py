@@ -55,6 +55,7 @@ OTHER_WORDS = {
     "columns": "column_mapping field_mapping",
     "seed": "data_seed random_seed",
     "report_to": "logger trackers",
+    "repo_id": "hub_model_id hub_repo_id hf_repo_id repository",
 }
 """Our key -> what other tools, or older versions of TRL and transformers, call it."""
 
@@ -64,9 +65,13 @@ GONE = {
     "max_prompt_length": "`data.max_length` bounds prompt and completion together",
     "overwrite_output_dir": "a finished run is never overwritten; choose another `output_dir`",
     "trust_remote_code": "align runs no code from repositories; leave it out",
-    "push_to_hub": "align writes to `output_dir` only; leave it out",
-    "hub_model_id": "align writes to `output_dir` only; leave it out",
-    "hub_model_revision": "align writes to `output_dir` only; leave it out",
+    "push_to_hub": "`hub.repo_id: ORG/NAME` pushes the complete run; leave `push_to_hub` out",
+    "hub_model_revision": "it is `hub.revision` here, beside `hub.repo_id: ORG/NAME`",
+    "hub_revision": "it is `hub.revision` here, beside `hub.repo_id: ORG/NAME`",
+    "hub_private_repo": "a push is private unless `hub.public: true`",
+    "hub_strategy": "a run is pushed once, when it is complete (`hub.repo_id: ORG/NAME`)",
+    "hub_always_push": "a run is pushed once, when it is complete (`hub.repo_id: ORG/NAME`)",
+    "hub_token": "a token has no place in a recipe: `hf auth login`, or set HF_TOKEN",
     "do_train": "leave it out",
     "do_eval": "set `trainer.eval_strategy` to evaluate during training",
     "fp16": "set `trainer.bf16` (float16 training is not supported)",

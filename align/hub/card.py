@@ -28,7 +28,7 @@ KINDS = {
     "ppo": "proximal policy optimization",
 }
 
-PRIVATE_KEYS = ("output_dir", "launch.", "trainer.report_to", "data.dataset_num_proc")
+PRIVATE_KEYS = ("output_dir", "launch.", "hub.", "trainer.report_to", "data.dataset_num_proc")
 PATH_WORDS = ("path", "dataset_name", "datasets", "reward_model", "model", "system_prompt")
 """Recipe keys whose values name folders, or hold text of their own: they are not in the card."""
 

@@ -124,7 +124,7 @@ def read_run(folder: Path, *, samples: int = 3) -> RunFacts:
         stages[found.fingerprint] = found
     adapter = read_json(folder / "artifact" / "adapter_config.json") or {}
     base = adapter.get("base_model_name_or_path")
-    measured, answers = _evaluations(folder, lineage, samples)
+    measured, answers = _evaluations(folder, samples)
     return RunFacts(
         folder,
         tuple(stages.values()),
@@ -258,25 +258,32 @@ def _of_summary(folder: Path, stage: StageFacts) -> Iterator[Measured]:
 
 
 def _evaluations(
-    run: Path, lineage: Mapping[str, Any], samples: int
+    run: Path, samples: int
 ) -> tuple[tuple[Measured, ...], tuple[tuple[str, str], ...]]:
     """What the evaluations beside a run say of this very model, and some of its answers."""
     measured: list[Measured] = []
     answers: list[tuple[str, str]] = []
-    for file in sorted(run.parent.glob("*/lineage.json")):
+    for place, kept, label in evaluations_of(run):
+        measured += _results(place, label, kept)
+        answers += _answers(place, label, samples)
+    return tuple(measured), tuple(answers[:samples])
+
+
+def evaluations_of(run: Path) -> Iterator[tuple[Path, Mapping[str, Any], str]]:
+    """Folder, lineage and this model's label of the evaluations beside a run that had this very model."""
+    run = run.parent if run.name == "artifact" else run
+    mine = ((read_json(run / "lineage.json") or {}).get("outputs") or {}).get("artifact")
+    for file in sorted(run.parent.glob("*/lineage.json")) if mine else ():
         kept = read_json(file)
         if not isinstance(kept, dict) or kept.get("stage") != "eval" or "outputs" not in kept:
             continue
         same = [
             facts["key"].removeprefix("models.")
             for facts in kept["inputs"]
-            if facts["key"].startswith("models.")
-            and facts.get("sha256") == lineage["outputs"]["artifact"]
+            if facts["key"].startswith("models.") and facts.get("sha256") == mine
         ]
         if same:
-            measured += _results(file.parent, same[0], kept)
-            answers += _answers(file.parent, same[0], samples)
-    return tuple(measured), tuple(answers[:samples])
+            yield file.parent, kept, same[0]
 
 
 def _results(folder: Path, label: str, lineage: Mapping[str, Any]) -> Iterator[Measured]:

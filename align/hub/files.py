@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from align.durable import read_json
-from align.environment import SECRET
 from align.errors import AlignError, Problem, fail
 from align.hub.facts import RunFacts, is_local
 from align.models.identity import IDENTITY_FILE, check_base
+from align.secrets import holds_secret
 
 WEIGHTS = re.compile(r"(?:adapter_)?model(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index\.json)?")
 ALLOWED = frozenset(
@@ -196,15 +196,13 @@ def check_private(folder: Path, run: RunFacts) -> None:
     Raises:
         AlignError: every file that has one; the token itself is not shown.
     """
-    from huggingface_hub import get_token
-
-    token, problems = get_token(), []
+    problems = []
     places = {f"{place}/" for place in (run.folder.parent, Path.home()) if place != Path("/")}
     for file in sorted(folder.iterdir()):
         if file.suffix == ".safetensors":
             continue
         text = file.read_text(encoding="utf-8", errors="replace")
-        if SECRET.search(text) or (token and token in text):
+        if holds_secret(text):
             problems.append(Problem("holds what looks like an access token", file.name))
         written = _strings(json.loads(text)) if file.suffix == ".json" else [text]
         if file.name == "tokenizer.json":

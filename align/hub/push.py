@@ -4,36 +4,32 @@ What is sent lies in `<run>/.push/` until the Hub has it, so that a failed push 
 was: weights that the Hub already holds are not sent twice, merged weights are not merged again.
 """
 
-import re
+import json
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from align.durable import read_json
-from align.environment import SECRET
-from align.errors import AlignError, Problem, fail
+from align.config.sections import HubSection
+from align.durable import read_json, write_json
+from align.errors import AlignError, NotPushed, fail
 from align.hub import files
+from align.hub.account import answers, check_account, client
 from align.hub.facts import RunFacts, is_local, read_run
 from align.hub.licences import Licence, llama_licence
 from align.lineage import file_digests, file_sha256
 from align.locks import locked
+from align.pushes import PUSHED, is_pushed
+from align.report.progress import size
 from align.report.terminal import say
-from align.stopping import stoppable
+from align.resources import display
+from align.stopping import Stopped, stoppable
 
-TIMEOUT = 120.0
-"""Seconds that a single answer or block may take; the client itself would wait for ever."""
-MERGED_DTYPE: Literal["bfloat16"] = "bfloat16"
-
-
-class HubFailure(AlignError):
-    """The Hub or the way to it failed. Nothing is lost; exit code 1."""
-
-    exit_code = 1
+if TYPE_CHECKING:
+    from align.models.merging import Dtype
 
 
 @dataclass(frozen=True)
@@ -41,52 +37,87 @@ class Push:
     """What is to be pushed, and where."""
 
     run: Path
-    repo_id: str
-    merged: bool = False
-    public: bool = False
-    revision: str | None = None
-    pr: bool = False
-    collection: str | None = None
-    base_model_id: str | None = None
-    samples: int = 3
+    hub: HubSection
+    again: str | None = None
+    """The command that tries again, where it is not the one that runs."""
+
+    @classmethod
+    def of(cls, run: Path, hub: HubSection, *, again: str | None = None) -> "Push":
+        """The push of a run folder, which may be named by its artifact."""
+        run = run.expanduser().absolute()
+        inside = run.name == "artifact" and (run.parent / "lineage.json").is_file()
+        return cls(run.parent if inside else run, hub, again)
+
+    @property
+    def repo_id(self) -> str:
+        return str(self.hub.repo_id)
 
     @property
     def command(self) -> str:
         """The command line that does this push (again)."""
-        words = ["align", "push", str(self.run), "--repo-id", self.repo_id]
-        words += [f"--{name}" for name in ("merged", "public", "pr") if getattr(self, name)]
-        for name in ("revision", "collection", "base_model_id"):
-            if (value := getattr(self, name)) is not None:
-                words += [f"--{name.replace('_', '-')}", value]
-        if self.samples != 3:
-            words += ["--samples", str(self.samples)]
+        words = ["align", "push", display(self.run), "--repo-id", self.repo_id]
+        given = HubSection(repo_id=self.repo_id).model_dump()
+        for name, value in self.hub.model_dump().items():
+            flag = f"--{name.replace('_', '-')}"
+            if value != given[name]:
+                words += [flag] if value is True else [flag, str(value)]
         return shlex.join(words)
 
+    @property
+    def way_on(self) -> str:
+        """What to do after a failure."""
+        if self.again is not None:
+            return f"nothing is lost, {self.again}"
+        return f"nothing is lost, try again: {self.command}"
 
-def push(asked: Push, *, dry_run: bool = False) -> str | None:
-    """Upload a run's model with its tokenizer, settings and card; returns its address.
+
+@dataclass(frozen=True)
+class Pushed:
+    """What the Hub holds now."""
+
+    repo_id: str
+    address: str
+    commit: str
+    files: Mapping[str, Mapping[str, Any]]
+    """Name -> size in bytes and sha256, as they were checked after the upload."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(int(facts["size"]) for facts in self.files.values())
+
+    def record(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {
+            "repo_id": self.repo_id,
+            "address": self.address,
+            "commit": self.commit,
+            "files": {name: dict(facts) for name, facts in self.files.items()},
+        }
+
+
+def push(asked: Push) -> Pushed:
+    """Upload a run's model with its tokenizer, settings and card.
 
     The token is huggingface_hub's own (`hf auth login`, HF_TOKEN), and is checked first. All files
     go in one commit, and what the Hub then says it holds is compared with what was sent.
 
     Raises:
-        AlignError: something to mend before anything was sent. `HubFailure`: what the Hub answered,
-            and the command that goes on.
+        NotPushed: something to mend. `HubFailure`: what the Hub answered, and the way on.
     """
-    files.check_repo_id(asked.repo_id)
-    if asked.pr and asked.revision:
-        fail("a pull request is against main", where="--revision", hint="leave --pr or it out")
-    if dry_run:
-        run = read_run(asked.run, samples=asked.samples)
-        with tempfile.TemporaryDirectory(prefix="align-push-") as scratch:
-            _prepare(asked, run, Path(scratch), merge_now=False)
-            _show(asked, Path(scratch))
-            if _merges(asked, run):
-                say("          merged weights, made when pushed", results=True)
-        return None
-    with stoppable(), _client() as api:
-        _check_token(asked, api)
-        run = read_run(asked.run, samples=asked.samples)
+    try:
+        return _push(asked)
+    except (NotPushed, Stopped):
+        raise
+    except AlignError as error:
+        raise NotPushed.of(error) from None
+
+
+def _push(asked: Push) -> Pushed:
+    _check(asked)
+    with stoppable(), client() as api:
+        check_account(api, asked.hub, asked.way_on)
+        run = read_run(asked.run, samples=asked.hub.samples)
         home = run.folder / ".push"
         with locked(home):
             folder = home / "files"
@@ -95,60 +126,53 @@ def push(asked: Push, *, dry_run: bool = False) -> str | None:
             base = _prepare(asked, run, folder, merge_now=True)
             _check_hub_base(asked, api, run, base)
             _show(asked, folder)
-            address = _send(asked, api, folder)
+            done = _send(asked, api, folder)
             shutil.rmtree(home)
-    say(f"pushed: {address}", results=True)
-    return address
+    say(f"pushed: {done.address}", results=True)
+    return done
+
+
+def list_files(asked: Push) -> None:
+    """Say what a push would send, and ask nobody.
+
+    Raises:
+        AlignError: something to mend before it could be sent.
+    """
+    _check(asked)
+    run = read_run(asked.run, samples=asked.hub.samples)
+    with tempfile.TemporaryDirectory(prefix="align-push-") as scratch:
+        _prepare(asked, run, Path(scratch), merge_now=False)
+        _show(asked, Path(scratch))
+        if _merges(asked, run):
+            say("          merged weights, made when pushed", results=True)
+
+
+def _check(asked: Push) -> None:
+    files.check_repo_id(asked.repo_id)
+    if asked.hub.pr and asked.hub.revision:
+        fail("a pull request is against main", where="--revision", hint="leave --pr or it out")
+
+
+def push_once(run: Path, hub: HubSection, *, name: str) -> None:
+    """Push a complete run as its own recipe asks, unless that very push was made already.
+
+    Raises:
+        NotPushed: it did not come about; the run is complete, and the same command tries again.
+    """
+    if is_pushed(run, hub):
+        say(f"{name}: is on the Hub already: {hub.repo_id}")
+        return
+    done = push(Push.of(run, hub, again="the same command tries again"))
+    lineage = json.loads((run / "lineage.json").read_text(encoding="utf-8"))
+    mark = {"asked": hub.model_dump(), "artifact": lineage["outputs"]["artifact"]}
+    write_json(run / PUSHED, mark | done.record())
 
 
 # --- before anything is sent ----------------------------------------------------------------
 
 
-@contextmanager
-def _client() -> Iterator[Any]:
-    """The Hub's client with a time limit and without notes of its own on the terminal."""
-    from huggingface_hub import HfApi, set_client_factory
-    from huggingface_hub.utils import _http, logging
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    def limited() -> Any:
-        client = _http.default_client_factory()
-        client.timeout = TIMEOUT
-        return client
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(40)  # errors only
-    disable_progress_bars()
-    set_client_factory(limited)
-    try:
-        yield HfApi(library_name="align")
-    finally:
-        set_client_factory(_http.default_client_factory)
-        logging.set_verbosity(verbosity)
-
-
-def _check_token(asked: Push, api: Any) -> None:
-    from huggingface_hub import get_token
-
-    if get_token() is None:
-        fail(
-            "you are not logged in to the Hub",
-            where="align push",
-            hint="`hf auth login`, or set HF_TOKEN to a token that may write",
-        )
-    with _answers(asked, "checking the token"):
-        who = api.whoami()
-        role = ((who.get("auth") or {}).get("accessToken") or {}).get("role")
-    if role == "read":
-        fail(
-            f"the token of {who.get('name')} may only read",
-            where="align push",
-            hint="make one that may write at https://huggingface.co/settings/tokens",
-        )
-
-
 def _merges(asked: Push, run: RunFacts) -> bool:
-    return asked.merged and run.base is not None
+    return asked.hub.merged and run.base is not None
 
 
 def _prepare(asked: Push, run: RunFacts, folder: Path, *, merge_now: bool) -> files.Base | None:
@@ -165,9 +189,9 @@ def _prepare(asked: Push, run: RunFacts, folder: Path, *, merge_now: bool) -> fi
     files.check_allowed(artifact)
     files.check_own_base(run)
     merges = _merges(asked, run)
-    base = files.public_base(run, asked.base_model_id, adapter=not merges)
+    base = files.public_base(run, asked.hub.base_model_id, adapter=not merges)
     licence = _licence(asked, run, base)
-    model = _merged(run) if merges and merge_now else artifact
+    model = _merged(run, asked.hub.merged_dtype) if merges and merge_now else artifact
     texts = files.licence_files(run) if licence else {}
     upload = Upload(
         asked.repo_id,
@@ -196,24 +220,24 @@ def _licence(asked: Push, run: RunFacts, base: files.Base | None) -> Licence | N
         owner = asked.repo_id.partition("/")[0]
         better = f"{owner}/{licence.prefix.replace(' ', '-')}-{name}"
         message = f"Llama's licence asks that the name begin with `{licence.prefix}`"
-        if asked.public:
+        if asked.hub.public:
             fail(message, where=f"--repo-id {asked.repo_id}", hint=f"as in `{better}`")
         say(f"note: {message} once others get the model, as in `{better}`")
     return licence
 
 
-def _merged(run: RunFacts) -> Path:
+def _merged(run: RunFacts, dtype: "Dtype") -> Path:
     """Merged weights in the run's own working folder; those of a push that failed are taken."""
     from align.models.merging import REPORT, merge
 
     folder = run.folder / ".push" / "merged"
     weights = run.artifact / "adapter_model.safetensors"
     kept = read_json(folder / REPORT) or {}
-    if kept.get("adapter_sha256") == file_sha256(weights) and kept.get("dtype") == MERGED_DTYPE:
+    if kept.get("adapter_sha256") == file_sha256(weights) and kept.get("dtype") == dtype:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     say("merging the adapter into its base")
-    merge(str(run.folder), folder, dtype=MERGED_DTYPE)
+    merge(str(run.folder), folder, dtype=dtype)
     return folder
 
 
@@ -223,7 +247,7 @@ def _check_hub_base(asked: Push, api: Any, run: RunFacts, base: files.Base | Non
         return
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
-    with _answers(asked, f"looking at {base.id}"):
+    with answers(asked.repo_id, f"looking at {base.id}", asked.way_on):
         try:
             info = api.model_info(base.id, revision=base.revision, files_metadata=True)
         except GatedRepoError:
@@ -251,62 +275,55 @@ def _show(asked: Push, folder: Path) -> None:
     """What will be sent, with sizes."""
     found = sorted(folder.iterdir(), key=lambda path: path.name)
     total = sum(path.stat().st_size for path in found)
-    who = "public" if asked.public else "private"
-    where = "a pull request" if asked.pr else asked.revision or "main"
-    head = f"{_size(total)} in {len(found)} files to {asked.repo_id} ({where}, {who}):"
+    who = "public" if asked.hub.public else "private"
+    where = "a pull request" if asked.hub.pr else asked.hub.revision or "main"
+    head = f"{size(total)} in {len(found)} files to {asked.repo_id} ({where}, {who}):"
     say(head, results=True)
     for path in found:
-        say(f"  {_size(path.stat().st_size):>9}  {path.name}", results=True)
-
-
-def _size(count: int) -> str:
-    for unit, bound in (("B", 1), ("kB", 10**3), ("MB", 10**6), ("GB", 10**9)):
-        if count < bound * 1000 or unit == "GB":
-            return f"{count} B" if unit == "B" else f"{count / bound:.1f} {unit}"
-    raise AssertionError
+        say(f"  {size(path.stat().st_size):>9}  {path.name}", results=True)
 
 
 # --- sending --------------------------------------------------------------------------------
 
 
-def _send(asked: Push, api: Any, folder: Path) -> str:
-    """One commit with all files, checked against what the Hub then holds; returns its address."""
+def _send(asked: Push, api: Any, folder: Path) -> Pushed:
+    """One commit with all files, checked against what the Hub then holds."""
     from huggingface_hub import CommitOperationAdd
 
-    repo = asked.repo_id
-    with _answers(asked, "making the repository"):
-        api.create_repo(repo, private=not asked.public, exist_ok=True)
+    hub, repo = asked.hub, asked.repo_id
+    with answers(repo, "making the repository", asked.way_on):
+        api.create_repo(repo, private=not hub.public, exist_ok=True)
         private = api.model_info(repo).private
-    if not asked.public and not private:
+    if not hub.public and not private:
         fail(
             "is a public repository",
             where=f"--repo-id {repo}",
             hint="say --public if everybody may see this model, or name another repository",
         )
-    if asked.public and private:
+    if hub.public and private:
         say(f"note: {repo} is private and stays so until you change that in its settings")
-    with _answers(asked, "uploading"):
-        if asked.revision:
-            api.create_branch(repo, branch=asked.revision, exist_ok=True)
+    with answers(repo, "uploading", asked.way_on):
+        if hub.revision:
+            api.create_branch(repo, branch=hub.revision, exist_ok=True)
         _check_mixture(asked, api, folder)
         sent = sorted(folder.iterdir())
         commit = api.create_commit(
             repo,
             [CommitOperationAdd(path.name, str(path)) for path in sent],
             commit_message="Model and card, by align",
-            revision=asked.revision,
-            create_pr=asked.pr,
+            revision=hub.revision,
+            create_pr=hub.pr,
         )
-        _verify(api, repo, commit.oid, sent)
-    if asked.collection:
-        with _answers(asked, "the model is uploaded; adding it to the collection"):
-            api.add_collection_item(asked.collection, repo, "model", exists_ok=True)
-    return str(commit.pr_url or f"{api.endpoint}/{repo}")
+        held = _verify(api, repo, commit.oid, sent)
+    if hub.collection:
+        with answers(repo, "the model is uploaded; adding it to the collection", asked.way_on):
+            api.add_collection_item(hub.collection, repo, "model", exists_ok=True)
+    return Pushed(repo, str(commit.pr_url or f"{api.endpoint}/{repo}"), commit.oid, held)
 
 
 def _check_mixture(asked: Push, api: Any, folder: Path) -> None:
     """Refuse a repository in which other weights would lie beside ours: which are loaded then?"""
-    there = api.list_repo_files(asked.repo_id, revision=asked.revision)
+    there = api.list_repo_files(asked.repo_id, revision=asked.hub.revision)
     other = [name for name in there if files.is_weights(name) and not (folder / name).exists()]
     if other:
         fail(
@@ -316,69 +333,21 @@ def _check_mixture(asked: Push, api: Any, folder: Path) -> None:
         )
 
 
-def _verify(api: Any, repo: str, oid: str, sent: list[Path]) -> None:
-    """Compare sizes and hashes of what the Hub holds with what was sent."""
+def _verify(api: Any, repo: str, oid: str, sent: list[Path]) -> dict[str, dict[str, Any]]:
+    """Compare sizes and hashes of what the Hub holds with what was sent; returns them by name."""
     from huggingface_hub.utils.sha import git_hash
 
     names = [path.name for path in sent]
     there = {item.path: item for item in api.get_paths_info(repo, names, revision=oid)}
+    held = {}
     for path in sent:
-        item = there.get(path.name)
+        item, sha256 = there.get(path.name), file_sha256(path)
         if item is None or item.size != path.stat().st_size:
             raise OSError(f"{path.name} is not there in full after the upload")
         same = (
-            item.lfs.sha256 == file_sha256(path)
-            if item.lfs
-            else item.blob_id == git_hash(path.read_bytes())
+            item.lfs.sha256 == sha256 if item.lfs else item.blob_id == git_hash(path.read_bytes())
         )
         if not same:
             raise OSError(f"{path.name} has another content after the upload")
-
-
-# --- when it fails --------------------------------------------------------------------------
-
-HINTS = {
-    401: "log in again with `hf auth login`",
-    403: "the token needs write access to this owner's repositories",
-    409: "somebody else is changing the repository",
-}
-
-
-@contextmanager
-def _answers(asked: Push, doing: str) -> Iterator[None]:
-    """Turn what goes wrong with the Hub into an answer with the command that goes on."""
-    try:
-        yield
-    except AlignError:
-        raise
-    except Exception as error:  # HTTP, sockets, LFS, Xet: each library has its own kinds
-        message, status = _what_happened(error)
-        hint = "; ".join(filter(None, [HINTS.get(status or 0), "nothing is lost, try again:"]))
-        problem = Problem(f"{doing}: {message}", asked.repo_id, f"{hint} {asked.command}")
-        raise HubFailure(problem) from None
-
-
-def _what_happened(error: BaseException) -> tuple[str, int | None]:
-    """The Hub's own words, or what the connection did; never a token or a signed address."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    chain: list[BaseException] = [error]
-    while (before := chain[-1].__cause__ or chain[-1].__context__) and before not in chain:
-        chain.append(before)
-    for item in chain:
-        if isinstance(item, HfHubHTTPError):
-            said = item.server_message or item.response.reason_phrase
-            return f"the Hub answered {item.response.status_code} ({_clean(said)})", int(
-                item.response.status_code
-            )
-    first = next((item for item in reversed(chain) if str(item).strip()), error)
-    return f"{type(first).__name__}: {_clean(str(first))}", None
-
-
-def _clean(text: str) -> str:
-    from huggingface_hub import get_token
-
-    if token := get_token():
-        text = text.replace(token, "<secret>")
-    text = SECRET.sub("<secret>", re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text))
-    return " ".join(text.split())[:400]
+        held[path.name] = {"size": item.size, "sha256": sha256}
+    return held

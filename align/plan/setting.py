@@ -28,6 +28,8 @@ class Result:
     origin: Origin | None = None
     rows: Mapping[str, int] = field(default_factory=dict)
     """File of a `sample` artifact -> rows at most."""
+    artifact: float | None = None
+    """Bytes of the artifact."""
 
 
 @dataclass

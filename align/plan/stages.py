@@ -1,12 +1,14 @@
 """Which planner plans which kind of stage. A new kind is a function and a line in `PLANNERS`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from align.config.sections import StageConfig
 from align.errors import AlignError
 from align.plan.drawn import plan_evaluation, plan_sampling
 from align.plan.origins import Origin
+from align.plan.pushed import note_own_push, plan_push
 from align.plan.setting import Result, Setting, StagePlan, origin_of
 from align.plan.trained import plan_ppo, plan_training
 
@@ -20,6 +22,7 @@ PLANNERS: dict[str, Planner] = {
     "ppo": plan_ppo,
     "sample": plan_sampling,
     "eval": plan_evaluation,
+    "push": plan_push,
 }
 """Kind of a stage -> its planner. A kind without one gets a line that says so."""
 
@@ -34,7 +37,9 @@ def plan_stage(name: str, kind: str, config: StageConfig, setting: Setting) -> S
         setting.results[name] = Result(_passed_on(config, setting))
         return plan
     try:
-        setting.results[name] = planner(plan, config, setting)
+        result = planner(plan, config, setting)
+        setting.results[name] = replace(result, artifact=plan.disk.get("artifact"))
+        note_own_push(plan, config, setting.results[name])
     except AlignError as error:
         problem = error.problems[0]
         plan.notes.append(f"not planned: {problem.where}: {problem.message}. {problem.hint or ''}")

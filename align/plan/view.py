@@ -53,12 +53,16 @@ def _title(stage: StagePlan) -> str:
 
 
 def _lines(plan: Plan, stage: StagePlan) -> Iterator[Line]:
-    yield "rows", _rows(stage), ""
+    if stage.kind != "push":
+        yield "rows", _rows(stage), ""
     if stage.memory is not None:
         fits = stage.fits(plan.gpu)
         yield "memory", _memory(stage.memory, plan), "" if fits else "red"
         yield "batch", _batch(stage), ""
-    yield "time", _time(stage), ""
+    if stage.kind != "push":
+        yield "time", _time(stage), ""
+    if stage.pushes:
+        yield "pushes", ", ".join(stage.pushes), ""
     if stage.disk:
         yield "disk", ", ".join(f"{name} {size(value)}" for name, value in stage.disk.items()), ""
     if stage.downloads:
@@ -131,7 +135,7 @@ def _duration(seconds: float) -> str:
 
 def _totals(plan: Plan) -> Iterator[Line]:
     seconds = plan.seconds
-    if seconds is not None:
+    if seconds:
         bound = "at most " if any(stage.tokens_are_bound for stage in plan.stages) else ""
         yield "time", f"{bound}about {_duration(seconds)} on {plan.gpu.name}", ""
     yield "disk", f"{size(plan.disk)}, downloads of known size included", ""

@@ -8,6 +8,8 @@ import unicodedata
 from functools import cache
 from typing import TYPE_CHECKING
 
+from align.secrets import scrub
+
 if TYPE_CHECKING:  # who only needs `sanitise` does not wait for rich
     from rich.console import Console
 
@@ -39,7 +41,9 @@ def sanitise(text: str) -> str:
     C0 and C1 controls (so every ESC sequence, OSC included), bidi controls, invisible format
     characters, line separators and lone surrogates become `\\x1b`, `\\u202e` and so on; line feeds
     and tabs stay, CR LF becomes LF. Markup is not touched: put the result into `rich.text.Text`.
+    Access tokens become `<secret>`.
     """
+    text = scrub(text)
     if text.isprintable():
         return text
     return text.replace("\r\n", "\n").translate(_VISIBLE)

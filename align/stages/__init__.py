@@ -7,5 +7,9 @@ STAGES: dict[str, str] = {
     "dpo": "align.stages.dpo:DPOConfig",
     "ppo": "align.stages.ppo:PPOConfig",
     "eval": "align.stages.evaluate:EvalConfig",
+    "push": "align.stages.push:PushConfig",
 }
 """Command name -> where the stage's config class is; the module beside it has `run(config, folder)`."""
+
+OUTSIDE = frozenset({"push"})
+"""Stages whose result is elsewhere: what a run folder says of it is true of the moment it was made."""

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from align.config.sections import (
     DataSection,
+    HubSection,
     LoraSection,
     ModelSection,
     NonNegativeFloat,
@@ -50,6 +51,7 @@ class DPOConfig(StageConfig):
     """Compute the reference log-probabilities once before training instead of at each step."""
     merge_adapter: bool = False
     """Merge the trained adapter into the base, so that the artifact is a full model."""
+    hub: HubSection = Field(default_factory=HubSection)
 
 
 def run(config: DPOConfig, folder: "RunFolder") -> None:

@@ -7,6 +7,7 @@ from pydantic import Field
 from align.config.sections import (
     DataSection,
     GenerationSection,
+    HubSection,
     LoraSection,
     ModelSection,
     NonNegativeFloat,
@@ -159,6 +160,7 @@ class PPOConfig(StageConfig):
     """Write a table of samples every so many rollouts (samples.jsonl)."""
     merge_adapter: bool = False
     """Merge the trained adapter into the base, so that the artifact is a full model."""
+    hub: HubSection = Field(default_factory=HubSection)
 
 
 def run(config: PPOConfig, folder: "RunFolder") -> None:

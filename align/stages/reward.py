@@ -6,6 +6,7 @@ from pydantic import Field
 
 from align.config.sections import (
     DataSection,
+    HubSection,
     LoraSection,
     ModelSection,
     NonNegativeFloat,
@@ -40,6 +41,7 @@ class RewardConfig(StageConfig):
     """Compute the prompt of a pair once and no padding, where the model gives the same rewards that way."""
     merge_adapter: bool = False
     """Merge the trained adapter into the base, so that the artifact is a full sequence classifier."""
+    hub: HubSection = Field(default_factory=HubSection)
 
 
 def run(config: RewardConfig, folder: "RunFolder") -> None:

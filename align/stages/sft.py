@@ -6,6 +6,7 @@ from pydantic import Field
 
 from align.config.sections import (
     DataSection,
+    HubSection,
     LoraSection,
     ModelSection,
     PositiveFloat,
@@ -41,6 +42,7 @@ class SFTConfig(StageConfig):
     trainer: SFTTrainer = Field(default_factory=SFTTrainer)
     merge_adapter: bool = False
     """Merge the trained adapter into the base, so that the artifact is a full model."""
+    hub: HubSection = Field(default_factory=HubSection)
 
 
 def run(config: SFTConfig, folder: "RunFolder") -> None:

@@ -76,7 +76,11 @@ EVIDENCE: tuple[tuple[str, frozenset[str]], ...] = (
     ("cpo", frozenset({"cpo_alpha", "simpo_gamma"})),
     (
         "ppo",
-        frozenset({"num_ppo_epochs", "cliprange_value", "total_episodes", "reward_model_path"}),
+        _words_of(
+            "num_ppo_epochs cliprange cliprange_value total_episodes reward_model_path sft_model_path"
+            " init_kl_coef adap_kl_ctrl ppo_epochs vf_coef missing_eos_penalty response_length"
+            " local_rollout_forward_batch_size num_mini_batches"
+        ),
     ),
     (
         "dpo",

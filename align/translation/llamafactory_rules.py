@@ -68,7 +68,11 @@ RULES: Rules = {
     "train_on_prompt": To("data.assistant_only_loss", lambda on: not on),
     "neat_packing": To("data.packing", packed),
     "enable_liger_kernel": Joint(),
-    "reward_model": To("reward_model"),
+    **rules.drops(
+        "reward_model reward_model_adapters reward_model_type ppo_epochs ppo_buffer_size"
+        " ppo_target ppo_score_norm ppo_whiten_rewards",
+        "only PPO has it",
+    ),
     **rules.drops(
         "overwrite_cache tokenized_path cache_dir buffer_size data_shared_file_system",
         "align keeps no cache of prepared rows",

@@ -8,7 +8,14 @@ from typing import Any
 from align.config.names import DPO_LOSSES
 from align.config.yaml import Document
 from align.errors import fail
-from align.translation import axolotl_rules, llamafactory_rules, rows, trl_rules
+from align.translation import (
+    axolotl_rules,
+    llamafactory_rules,
+    ppo_rules,
+    pushing,
+    rows,
+    trl_rules,
+)
 from align.translation.kinds import TITLES, Tool, stage_of, tool_of
 from align.translation.rules import Changed, Drop, Extra, Joint, Lost, Note, Rules, To
 from align.translation.work import Work
@@ -87,7 +94,9 @@ def translate(
     kind = stage_of(found, document.data, file, document.name, stage)
     work = Work(found, kind, document, file.absolute().parent)
     table = TABLES[found]
-    for key in sorted(document.data, key=lambda key: not _same_name(work, key, table)):
+    if kind == "ppo":
+        table = {**table, **ppo_rules.TABLES[found]}
+    for key in sorted(document.data, key=lambda key: _turn(work, key, table)):
         if key not in work.taken:
             _one(work, key, table)
     _fill(work)
@@ -95,17 +104,23 @@ def translate(
     return Translation(found, kind, work.data, work.sources, work.finished())
 
 
-def _same_name(work: Work, key: str, table: Rules) -> bool:
-    """Whether a key is called so here too: of two names for one thing, ours wins."""
+def _turn(work: Work, key: str, table: Rules) -> int:
+    """When a key is read: PPO's joint keys first; then those that are called so here too, since of two names for one
+    thing ours wins."""
+    if work.stage == "ppo" and key in ppo_rules.JOINT:
+        return 0
     rule = table.get(key)
     target = rule.key if isinstance(rule, To) else key
-    return target.rpartition(".")[2] == key
+    return 1 if target.rpartition(".")[2] == key else 2
 
 
 def _one(work: Work, key: str, table: Rules) -> None:
     rule = table.get(key)
     ours = work.ours(key)
     if isinstance(rule, Joint):
+        if work.stage == "ppo" and key in ppo_rules.JOINT:
+            ppo_rules.JOINT[key](work)
+            return
         JOINT[work.tool, key](work) if (work.tool, key) in JOINT else JOINT["", key](work)
         return
     value = work.take(key)
@@ -298,6 +313,7 @@ def _wandb(work: Work) -> None:
 Step = Callable[[Work], None]
 
 JOINT: dict[tuple[str, str], Step] = {
+    **pushing.JOINT,
     **dict.fromkeys(
         (("", key) for key in ("chat_template", "chat_template_path", "chat_template_jinja")),
         _template,
@@ -337,6 +353,8 @@ def _fill(work: Work) -> None:
     """Write the other tool's defaults out where ours are others, so that the run stays the same."""
     title, table = TITLES[work.tool], DEFAULTS[work.tool]
     reason = f"{title}'s default"
+    if work.stage == "ppo":
+        ppo_rules.fill(work, title)
     for ours, value in {**table.get("", {}), **table.get(work.stage, {})}.items():
         work.add(ours, value, reason)
     if not work.data.get("lora.use_peft", True):
@@ -345,7 +363,7 @@ def _fill(work: Work) -> None:
         work.add("lora.lora_r", llamafactory_rules.ADAPTER_DEFAULTS["lora.lora_r"], reason)
         work.add("lora.lora_alpha", 2 * int(work.data["lora.lora_r"]), f"{title}: twice the rank")
     elif work.tool in ("trl", "handbook"):
-        for ours, value in trl_rules.ADAPTER_DEFAULTS.items():
+        for ours, value in trl_rules.ADAPTER_DEFAULTS.items() if work.stage != "ppo" else ():
             work.add(ours, value, reason)
         if work.data.get("model.load_in_4bit"):
             for ours, value in trl_rules.QUANTIZED_DEFAULTS.items():

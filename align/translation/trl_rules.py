@@ -7,8 +7,14 @@ from align.config.suggest import GONE
 from align.translation import rules
 from align.translation.rules import Drop, Extra, Joint, Rules, To
 
-HUB = "align writes to `output_dir` only"
+HUB = "a complete run is pushed once (`hub.repo_id`), with the token of `hf auth login` or HF_TOKEN"
 LENGTHS = "rows are rendered to token ids by align itself"
+
+PUSH = (
+    *("push_to_hub", "hub_model_id", "push_to_hub_model_id", "push_to_hub_organization"),
+    *("hub_private_repo", "hub_revision", "hub_model_revision", "push_to_hub_revision"),
+)
+"""Keys that together say whether, where and how the model is pushed."""
 
 RULES: Rules = {
     # what TRL and transformers have renamed
@@ -32,7 +38,11 @@ RULES: Rules = {
     "target_modules": To("lora.lora_target_modules", rules.names),
     "loss_type": Joint(),
     "label_smoothing_factor": Extra(),
-    **dict.fromkeys(ALIASES, To("rpo_alpha", rules.not_zero)),
+    **{
+        name: To("rpo_alpha", rules.not_zero)
+        for name, ours in ALIASES.items()
+        if ours == "rpo_alpha"
+    },
     "rpo_alpha": To("rpo_alpha", rules.not_zero),
     # the same name with another range of values
     "lora_target_modules": To("lora.lora_target_modules", rules.names),
@@ -85,13 +95,10 @@ RULES: Rules = {
         "dpo",
     ),
     # what has no counterpart
-    **{key: Drop(reason) for key, reason in GONE.items() if key != "fp16"},
+    **{key: Drop(reason) for key, reason in GONE.items() if key not in ("fp16", *PUSH)},
     "do_eval": Drop("`trainer.eval_strategy` decides"),
-    **rules.drops(
-        "hub_strategy hub_private_repo hub_token hub_always_push hub_revision"
-        " push_to_hub_revision push_to_hub_model_id push_to_hub_organization hub_dataset_id",
-        HUB,
-    ),
+    **dict.fromkeys(PUSH, Joint()),
+    **rules.drops("hub_strategy hub_token hub_always_push hub_dataset_id push_to_hub_token", HUB),
     **rules.drops(
         "logging_dir log_level log_level_replica log_on_each_node logging_first_step"
         " logging_nan_inf_filter disable_tqdm verbose generate_during_eval log_completions",

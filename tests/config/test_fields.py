@@ -64,7 +64,7 @@ def test_every_knob_has_a_sentence():
 
 def test_required_knobs_have_no_default():
     required = {key[1] for key, leaf in BY_NAME.items() if leaf.required}
-    assert required == {"output_dir", "model.model_name_or_path", "models"}
+    assert required == {"output_dir", "model.model_name_or_path", "models", "run"}
 
 
 @pytest.mark.parametrize("kind", STAGES)

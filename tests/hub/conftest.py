@@ -70,6 +70,26 @@ def pipeline(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def reward(pipeline: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a reward model's adapter."""
+    from align.stages.reward import RewardConfig
+
+    root = tmp_path_factory.mktemp("reward")
+    pairs = [
+        {"prompt": f"Count to {n}.", "chosen": "1 2 3", "rejected": "no " * n} for n in range(2, 10)
+    ]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    config = {
+        "output_dir": str(root / "reward"),
+        "model": {"model_name_or_path": str(llama)},
+        "lora": {"lora_r": 4},
+        "data": {"dataset_name": str(root / "pairs.jsonl")},
+        "trainer": {"max_steps": 2, "gradient_checkpointing": False, "learning_rate": 1e-2},
+    }
+    return run_stage(RewardConfig.model_validate(config), quiet=True)
+
+
 @pytest.fixture
 def run(pipeline: Path, tmp_path: Path) -> Path:
     """A copy of the adapter's run, with the evaluation beside it."""
@@ -84,7 +104,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
-    from align.hub import push
+    from align.hub import account
 
     started = LocalHub(CANARY)
     monkeypatch.setenv("HF_TOKEN", CANARY)
@@ -93,6 +113,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(_http.time, "sleep", lambda _: None)
-    monkeypatch.setattr(push, "TIMEOUT", 20.0)
+    monkeypatch.setattr(account, "TIMEOUT", 20.0)
     yield started
     started.close()

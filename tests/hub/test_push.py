@@ -99,7 +99,7 @@ def test_a_failure_says_what_happened_and_the_same_command_goes_on(
     words = ("--base-model-id", base)
     with monkeypatch.context() as patch:
         if fault.how == "timeout":
-            patch.setattr("align.hub.push.TIMEOUT", 0.4)
+            patch.setattr("align.hub.account.TIMEOUT", 0.4)
         assert push(run, *words) == 1
     out, err = capfd.readouterr()
     said = " ".join(err.split())
@@ -372,3 +372,49 @@ def test_what_was_pushed_loads_from_the_hub_with_the_same_logits(
         assert f"{report['kl_mean']:.2e}" in own(hub)["README.md"].decode()
     else:
         assert torch.equal(found, expected)
+
+
+BY_ITS_CARD = """
+import re, sys, torch
+from huggingface_hub import hf_hub_download
+repo, out = sys.argv[1:]
+card = open(hf_hub_download(repo, "README.md"), encoding="utf-8").read()
+exec(re.search(r"```python\\n(.*?)```", card, re.S)[1])
+model = chat.model if "chat" in globals() else model
+tokenizer = chat.tokenizer if "chat" in globals() else tokenizer
+with torch.no_grad():
+    torch.save(model.eval()(tokenizer("Count to 5.", return_tensors="pt").input_ids).logits, out)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adapter", "full", "reward"])
+def test_the_lines_of_the_card_load_what_a_second_try_has_pushed(
+    hub, base, run, reward, pipeline, tmp_path, kind
+):
+    """Reset in the middle of the upload; then the same command, and the card's own way to load it."""
+    from align.models.loading import load_any_policy, load_reward_model
+
+    run = {"adapter": run, "full": pipeline / "full", "reward": reward}[kind]
+    run = shutil.copytree(run, tmp_path / "copy" / kind)
+    words = () if kind == "full" else ("--base-model-id", base)
+    hub.objects.clear()
+    hub.faults.append(Fault("PUT /lfs/", "reset", times=9))
+    assert push(run, *words) == 1
+    assert own(hub) == {}
+    hub.faults.clear()
+    assert push(run, *words) == 0
+    out = tmp_path / "logits.pt"
+    subprocess.run(
+        [sys.executable, "-c", BY_ITS_CARD, "me/model", str(out)],
+        env=outside(hub, tmp_path / "home"),
+        check=True,
+    )
+    if kind == "reward":
+        model, tokenizer = load_reward_model(str(run / "artifact"))
+    else:
+        model, tokenizer = load_any_policy(str(run / "artifact"))
+    with torch.no_grad():
+        ids = tokenizer("Count to 5.", return_tensors="pt").input_ids
+        expected = model.eval()(ids).logits
+    assert torch.equal(torch.load(out, weights_only=True), expected)

@@ -18,7 +18,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from align import __version__
-from align.environment import SECRET
 from align.report.html import charts
 from align.report.html.answers import Answers, SideBySide, read_answers, side_by_side
 from align.report.html.cost import Cost, cost
@@ -33,6 +32,7 @@ from align.report.html.text import clean, cut, interval, number, percent, signed
 from align.report.html.verdict import verdict
 from align.report.progress import duration, short
 from align.report.terminal import sanitise
+from align.secrets import SECRET
 
 HERE = Path(__file__).parent
 

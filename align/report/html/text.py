@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from align.environment import scrub
 from align.report.terminal import sanitise
+from align.secrets import scrub
 
 MINUS = "−"
 
