@@ -10,7 +10,8 @@ from align.config.problems import KeyPath
 from align.config.sections import StageConfig
 from align.config.suggest import nearest
 
-FORM = re.compile(r"\$([A-Za-z_][\w-]*)(?:/(.+))?")
+FORM = re.compile(r"\$([A-Za-z_][\w-]*(?:@\d+)?)(?:/(.+))?")
+"""`$name`, `$name/file`; `$name@2` is a stage of the second round."""
 
 Produces = Literal["policy", "adapter", "reward model", "reward adapter", "samples", "results"]
 

@@ -118,6 +118,18 @@ def test_defaults_reach_the_stages_that_have_the_key():
     assert stages["eval"].config.seed == 9
 
 
+def test_a_mixture_takes_the_place_of_a_shared_data_set_and_the_reverse():
+    mixture = "{datasets: [{path: org/a}, {path: org/b}]}"
+    text = BASE.replace("stages:", "defaults:\n  data: {dataset_name: org/all}\nstages:")
+    found = load(text.replace("{dataset_name: org/chats}", mixture)).stages["sft"].config.data
+    assert (found.dataset_name, len(found.datasets)) == (None, 2)
+    text = BASE.replace("stages:", f"defaults:\n  data: {mixture}\nstages:")
+    found = load(text).stages["sft"].config.data
+    assert (found.dataset_name, found.datasets) == ("org/chats", None)
+    both = BASE.replace("org/chats}", "org/chats, datasets: [{path: org/a}]}")
+    assert "are both given" in only(both)
+
+
 def test_overrides_name_a_stage_and_may_be_flat():
     stages = load(BASE, "sft.learning_rate=1e-3", "stages.dpo.beta=0.3").stages
     assert stages["sft"].config.trainer.learning_rate == 1e-3
