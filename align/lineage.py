@@ -65,6 +65,7 @@ ROOMS = {
     "dpo": ("data", "models", "training"),
     "ppo": ("data", "models", "training", "generation", "evaluation", "tiny", "ppo"),
     "sample": ("data", "models", "generation", "evaluation", "tiny"),
+    "average": ("models", "averaging"),
     "eval": ("data", "models", "generation", "evaluation", "tiny"),
 }
 """Packages whose code decides a stage's result; a stage not named here depends on all of them."""

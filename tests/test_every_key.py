@@ -103,6 +103,7 @@ NEEDS = {
 """What has to be set for a key to mean anything."""
 
 SEEN_ELSEWHERE = {
+    "trainer.keep_checkpoints": "tests/averaging/test_average.py",
     "output_dir": "tests/test_runs.py",
     "stage": "the command's own name",
     "launch.num_processes": "tests/test_launch.py",

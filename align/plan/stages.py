@@ -5,6 +5,7 @@ from typing import Any
 
 from align.config.sections import StageConfig
 from align.errors import AlignError
+from align.plan.averaged import plan_average
 from align.plan.drawn import plan_evaluation, plan_sampling
 from align.plan.origins import Origin
 from align.plan.setting import Result, Setting, StagePlan, origin_of
@@ -19,6 +20,7 @@ PLANNERS: dict[str, Planner] = {
     "dpo": plan_training,
     "ppo": plan_ppo,
     "sample": plan_sampling,
+    "average": plan_average,
     "eval": plan_evaluation,
 }
 """Kind of a stage -> its planner. A kind without one gets a line that says so."""

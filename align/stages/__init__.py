@@ -6,6 +6,7 @@ STAGES: dict[str, str] = {
     "sample": "align.stages.sample:SampleConfig",
     "dpo": "align.stages.dpo:DPOConfig",
     "ppo": "align.stages.ppo:PPOConfig",
+    "average": "align.stages.average:AverageConfig",
     "eval": "align.stages.evaluate:EvalConfig",
 }
 """Command name -> where the stage's config class is; the module beside it has `run(config, folder)`."""
