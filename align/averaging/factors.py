@@ -113,10 +113,10 @@ def _open(member: Member) -> Any:
 
 
 def _same_names(members: Sequence[Member], opened: Sequence[Any]) -> list[str]:
-    """The tensors of the first adapter, in order; every other one has to have the same, in the same shapes but for the rank."""
+    """The first adapter's tensors, in order; the others must have the same, in the same shapes but for the rank."""
     first = {name: _outer_shape(opened[0], name) for name in sorted(opened[0].keys())}
     for member, other in zip(members[1:], opened[1:], strict=True):
-        its = {name: _outer_shape(other, name) for name in other.keys()}
+        its = {name: _outer_shape(other, name) for name in list(other.keys())}
         different = [
             name for name in sorted(first.keys() | its.keys()) if first.get(name) != its.get(name)
         ]

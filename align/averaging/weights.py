@@ -98,7 +98,7 @@ def _places(member: Member) -> dict[str, Path]:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         found = [model_file(member.path, name, revision) for name in sorted(set(names))]
         files = [file for file in found if file is not None]
-    places = {}
+    places: dict[str, Path] = {}
     for file in files:
         with safe_open(str(file), framework="pt") as opened:
             places |= dict.fromkeys(opened.keys(), file)

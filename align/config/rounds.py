@@ -40,7 +40,7 @@ SPLIT = re.compile(rf"\s*([^\[\]+]+?)\s*(?:\[\s*({BOUND})?\s*:\s*({BOUND})?\s*\]
 
 
 class RoundsConfig(Section):
-    """A block of stages that repeats, each time with the last round's policy, its own prompts and the data that are kept."""
+    """A block of stages that repeats, with the last round's policy, prompts of its own and the data that are kept."""
 
     number: Annotated[int, Field(ge=1, le=MOST)]
     """Rounds."""
@@ -51,11 +51,11 @@ class RoundsConfig(Section):
     first: str | None = None
     """`$previous` in the first round: a model, or `$name` of a stage above; what `start` says when unset."""
     start: str | None = None
-    """`$start`: a model, so that each round begins anew from it (Llama 3), or `previous`, so that it goes on with the last round's policy."""
+    """`$start`: a model, from which each round begins anew (Llama 3), or `previous`: the last policy goes on."""
     keep: Keep | dict[str, Keep] = "last"
-    """Rounds whose samples a stage reads: `last` (its own round), `all` so far, or a number of rounds; one rule, or one by stage."""
+    """Rounds whose samples a stage reads: `last` (its own), `all` so far, or how many; one rule, or one by stage."""
     prompts: Prompts | dict[str, Prompts] = "split"
-    """Rows of a round: `split` (an equal part each), `same`, or rows per round; for stages that draw, or by stage for any."""
+    """Rows of a round: an equal part each (`split`), the `same`, or how many; for stages that draw, or by stage."""
 
 
 def part_of(split: str, number: int, rule: str | int, rounds: int) -> str:
@@ -197,7 +197,7 @@ class Rounds:
             rule = prompts.get(name, "split" if draft.kind in DRAWING else "same")
         elif draft.kind in DRAWING:
             rule = prompts
-        if rule == "same" or self.config.number == 1 and rule == "split":
+        if rule == "same" or (self.config.number == 1 and rule == "split"):
             return
         said = self._said("prompts")
 

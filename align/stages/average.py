@@ -1,4 +1,4 @@
-"""`align average`: one model from several, weight by weight (Llama 3 does it at every stage, arXiv 2407.21783, section 4.1.5)."""
+"""`align average`: one model from several, weight by weight, as Llama 3 does (arXiv 2407.21783, section 4.1.5)."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -19,22 +19,22 @@ class AverageConfig(StageConfig):
     weights: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Name in `models` -> its weight, relative to the others; 1 where not given."""
     checkpoints: PositiveInt | None = None
-    """Average so many newest checkpoints of each model's run (`trainer.keep_checkpoints`) instead of its last weights."""
+    """Average so many of the newest checkpoints that each model's run has kept (`trainer.keep_checkpoints`)."""
     method: Literal["cat", "svd", "merge"] = "cat"
-    """Of adapters: exact, their ranks added up (`cat`); cut back to `svd_rank` (`svd`); exact, as a full model (`merge`)."""
+    """Of adapters: exact, with all their ranks (`cat`); cut to `svd_rank` (`svd`); exact, as a full model (`merge`)."""
     svd_rank: PositiveInt | None = None
     """Rank that `svd` leaves; the largest of the adapters' when unset."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of full weights; `auto` is the first model's own. An adapter's factors are float32."""
     max_distance: PositiveFloat = 0.5
-    """Refuse full models that are further from their mean than this, relative to its norm: they have no base in common."""
+    """Refuse full models further than this from their mean, relative to its norm: they have no base in common."""
 
 
 def run(config: AverageConfig, folder: "RunFolder") -> None:
     """Find the members, see that they belong together, average them, report how far they are apart."""
     from align.averaging.factors import average_adapters
     from align.averaging.members import bring_along, find_members
-    from align.averaging.weights import average_models, average_merged
+    from align.averaging.weights import average_merged, average_models
     from align.durable import write_json
 
     if not folder.is_main:
