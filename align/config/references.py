@@ -79,11 +79,20 @@ def produces(config: StageConfig, stages: Mapping[str, StageConfig] | None = Non
 def _averaged(config: StageConfig, stages: Mapping[str, StageConfig]) -> Produces:
     """What the first model of an average is."""
     models = config.model_dump(include={"models"})["models"]
-    first = str(next(iter(models.values()), ""))
-    match = FORM.fullmatch(first)
+    return _member(config, str(next(iter(models.values()), "")), stages)
+
+
+def _member(config: StageConfig, text: str, stages: Mapping[str, StageConfig]) -> Produces:
+    """What one model of an average is: an earlier stage's artifact, its checkpoints, or a folder."""
+    match = FORM.fullmatch(text)
     if match and match[1] in stages and stages[match[1]] is not config:
-        return produces(stages[match[1]], stages)
-    adapter = Path(first).expanduser() / "adapter_config.json"
+        target = stages[match[1]]
+        kept = config.model_dump(include={"checkpoints"})["checkpoints"] is not None
+        if kept and "merge_adapter" in type(target).model_fields:
+            # What a run keeps of its checkpoints are the adapters, whatever becomes of the last one.
+            target = target.model_copy(update={"merge_adapter": False})
+        return produces(target, stages)
+    adapter = Path(text).expanduser() / "adapter_config.json"
     if not adapter.is_file():
         return "policy"
     try:
@@ -113,9 +122,9 @@ def _model_trouble(
     if reference.file:
         return f"needs a model folder, and `{text}` is a file in it", f"write `${name}`"
     if config.model_dump(include={"stage"})["stage"] == "average":
-        first = _averaged(config, stages)
-        if kind != first:
-            message = f"leaves a {kind}, and the first model is a {first}"
+        first, own = _averaged(config, stages), _member(config, text, stages)
+        if own != first:
+            message = f"is of the kind {own}, and the first model of the kind {first}"
             return message, "average models of one kind: set `merge_adapter` alike in their stages"
         return None
     wants_reward = reference.pattern.endswith("reward_model")
