@@ -27,7 +27,7 @@ def plan_average(plan: StagePlan, config: Any, setting: Setting) -> Result:
         in_memory = (
             2 * weight_bytes(first.shape, "float32") if first.adapter else min(whole, 5e9) * 3
         )
-        plan.notes.append(f"about {in_memory / 2**30:.1f} GiB of the machine's own memory")
+        plan.notes.append(f"about {in_memory / 2**30:.2g} GiB of the machine's own memory")
         return Result(replace(first, adapter=0, download=None))
     ranks = count if config.method == "cat" else 1
     plan.trainable = first.adapter * ranks

@@ -53,12 +53,14 @@ def _title(stage: StagePlan) -> str:
 
 
 def _lines(plan: Plan, stage: StagePlan) -> Iterator[Line]:
-    yield "rows", _rows(stage), ""
+    if stage.gpus:
+        yield "rows", _rows(stage), ""
     if stage.memory is not None:
         fits = stage.fits(plan.gpu)
         yield "memory", _memory(stage.memory, plan), "" if fits else "red"
         yield "batch", _batch(stage), ""
-    yield "time", _time(stage), ""
+    if stage.gpus:
+        yield "time", _time(stage), ""
     if stage.disk:
         yield "disk", ", ".join(f"{name} {size(value)}" for name, value in stage.disk.items()), ""
     if stage.downloads:

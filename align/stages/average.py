@@ -21,7 +21,8 @@ class AverageConfig(StageConfig):
     checkpoints: PositiveInt | None = None
     """Average so many of the newest checkpoints that each model's run has kept (`trainer.keep_checkpoints`)."""
     method: Literal["cat", "svd", "merge"] = "cat"
-    """Of adapters: exact, with all their ranks (`cat`); cut to `svd_rank` (`svd`); exact, as a full model (`merge`)."""
+    """How adapters are averaged: exactly with all ranks (`cat`), cut to `svd_rank` (`svd`), or exactly as full weights
+    (`merge`)."""
     svd_rank: PositiveInt | None = None
     """Rank that `svd` leaves; the largest of the adapters' when unset."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
