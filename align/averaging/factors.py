@@ -14,10 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from align.averaging.members import ADAPTER, Member, write_adapter_config
+from align.averaging.members import (
+    ADAPTER,
+    Member,
+    check_finite,
+    open_tensors,
+    write_adapter_config,
+)
 from align.errors import fail
 from align.models.identity import model_file
 
@@ -109,7 +114,8 @@ def _check_plain(member: Member) -> None:
 
 def _open(member: Member) -> Any:
     file = model_file(member.path, ADAPTER, member.artifact.base_revision)
-    return safe_open(str(file), framework="pt")
+    assert file is not None, "looked at before"
+    return open_tensors(file, member)
 
 
 def _same_names(members: Sequence[Member], opened: Sequence[Any]) -> list[str]:
@@ -151,10 +157,12 @@ Factors = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 def _factors(name: str, second: str, members: Sequence[Member], opened: Sequence[Any]) -> Factors:
     a = [one.get_tensor(name).double() for one in opened]
+    check_finite(name, a, members)
     b = [
         one.get_tensor(second).double() * _scale(member.config)
         for member, one in zip(members, opened, strict=True)
     ]
+    check_finite(second, b, members)
     return a, b
 
 
@@ -180,10 +188,10 @@ def _average(
         return
     second = _second(name)
     if second is None:  # a trained head or embedding row: a weight itself
-        parts = [
-            share * one.get_tensor(name).double() for share, one in zip(shares, opened, strict=True)
-        ]
-        sums.tensors[name] = torch.stack(parts).sum(0).float()
+        parts = [one.get_tensor(name).double() for one in opened]
+        check_finite(name, parts, members)
+        weighted = [share * part for share, part in zip(shares, parts, strict=True)]
+        sums.tensors[name] = torch.stack(weighted).sum(0).float()
         return
     a, b = _factors(name, second, members, opened)
     sums.gram += _gram(a, b)

@@ -2,9 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
 
 from align.config.sections import ModelSection
 from align.durable import read_json, write_json
@@ -171,6 +175,29 @@ def _same_tokenizer(members: list[Member]) -> None:
         if tokenizer.chat_template != first[1].chat_template:
             hint = "give both the same chat template and train the one again"
             _differ(first[0], member, "it has another chat template", hint)
+
+
+def open_tensors(file: Path, member: Member) -> Any:
+    """A safetensors file of a member, open for reading; AlignError where it is none."""
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        fail(
+            f"cannot be read as safetensors ({error})",
+            where=f"models.{member.name}: {file}",
+            hint="copy the folder again: the file is damaged",
+        )
+
+
+def check_finite(name: str, parts: Sequence[torch.Tensor], members: Sequence[Member]) -> None:
+    """Refuse a member whose tensor `name` holds NaN or infinity: the mean would hold it too."""
+    for member, part in zip(members, parts, strict=True):
+        if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+            fail(
+                f"holds NaN or infinity in `{name}`",
+                where=f"models.{member.name}: {member.path}",
+                hint="leave it out, and look at the log of its training",
+            )
 
 
 def bring_along(member: Member, folder: Path) -> None:

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from align.averaging.factors import deltas_apart
-from align.averaging.members import SINGLE, Member, write_model_config
+from align.averaging.members import (
+    SINGLE,
+    Member,
+    check_finite,
+    open_tensors,
+    write_model_config,
+)
 from align.config.sections import ModelSection
 from align.durable import write_json
 from align.errors import fail
@@ -41,7 +46,11 @@ def average_models(
     for file in dict.fromkeys(places[0].values()):
         tensors = {}
         for name in [name for name, at in places[0].items() if at == file]:
-            parts = [_read(place[name], name) for place in places]
+            parts = [
+                _read(place[name], name, member)
+                for place, member in zip(places, members, strict=True)
+            ]
+            check_finite(name, parts, members)
             mean = _mean(members, parts, name)
             tensors[name] = (
                 mean.to(wanted or parts[0].dtype).contiguous() if mean.is_floating_point() else mean
@@ -100,13 +109,13 @@ def _places(member: Member) -> dict[str, Path]:
         files = [file for file in found if file is not None]
     places: dict[str, Path] = {}
     for file in files:
-        with safe_open(str(file), framework="pt") as opened:
+        with open_tensors(file, member) as opened:
             places |= dict.fromkeys(opened.keys(), file)
     return places
 
 
-def _read(file: Path, name: str) -> torch.Tensor:
-    with safe_open(str(file), framework="pt") as opened:
+def _read(file: Path, name: str, member: Member) -> torch.Tensor:
+    with open_tensors(file, member) as opened:
         tensor: torch.Tensor = opened.get_tensor(name)
     return tensor
 

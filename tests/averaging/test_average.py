@@ -22,6 +22,7 @@ from align.models.identity import write_base_identity
 from align.models.loading import load_any_policy, load_reward_model
 from align.runs import run_stage
 from align.stages.average import AverageConfig
+from align.stages.reward import RewardConfig
 from align.stages.sft import SFTConfig
 
 IDS = torch.tensor([[0, 2, 40, 50, 60, 70, 4]])
@@ -303,6 +304,18 @@ def test_what_does_not_belong_together_is_refused(llama, make_llama, two, tokeni
     shutil.copytree(llama, pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     refused("align reads no pickle files", a=str(llama), b=str(pickled))
+    broken = tmp_path / "broken"
+    shutil.copytree(two["b"], broken)
+    (broken / "adapter_model.safetensors").write_bytes(b"half")
+    refused("cannot be read as safetensors", a=two["a"], b=str(broken))
+    for path in (two["b"], str(llama)):
+        folder = tmp_path / f"nan-{Path(path).name}"
+        shutil.copytree(path, folder)
+        file = next(folder.glob("*.safetensors"))
+        tensors = load_file(file)
+        tensors[min(tensors)].view(-1)[0] = float("nan")
+        save_file(tensors, file, metadata={"format": "pt"})
+        refused("holds NaN or infinity", a=path, b=str(folder))
     with pytest.raises(AlignError, match="above 10, the rank of the exact average"):
         average(tmp_path / "mean", models=two, method="svd", svd_rank=11)
 
@@ -377,6 +390,32 @@ def test_the_last_checkpoints_of_a_run_are_averaged(llama, tmp_path, use_peft):
     assert not torch.allclose(expected, logits(run / "artifact"), atol=1e-3)
     with pytest.raises(AlignError, match=r"keeps 2 checkpoints, and 3 are asked for"):
         average(tmp_path / "more", models={"sft": str(run / "artifact")}, checkpoints=3)
+
+
+@pytest.mark.slow
+def test_the_last_checkpoints_of_a_reward_model_are_averaged(llama, tmp_path):
+    rows = tmp_path / "pairs.jsonl"
+    pair = {"prompt": "Name one.", "chosen": "It is one.", "rejected": "No."}
+    rows.write_text((json.dumps(pair) + "\n") * 8)
+    given = {
+        "model": {"model_name_or_path": str(llama)},
+        "data": {"dataset_name": str(rows)},
+        "trainer": {
+            **{"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2},
+            **{"keep_checkpoints": 2, "gradient_checkpointing": False, "learning_rate": 1e-2},
+        },
+    }
+    output = {"output_dir": str(tmp_path / "reward")}
+    run = run_stage(RewardConfig.model_validate(output | given), quiet=True)
+    found = average(tmp_path / "mean", models={"r": str(run / "artifact")}, checkpoints=2)
+    heads = [
+        load_file(run / "kept" / f"checkpoint-{step}" / "adapter_model.safetensors")
+        for step in (2, 4)
+    ]
+    mean = load_file(found / "adapter_model.safetensors")
+    (name,) = [key for key in mean if "score" in key]
+    torch.testing.assert_close(mean[name], (heads[0][name] + heads[1][name]) / 2)
+    assert len(RewardScorer(*load_reward_model(str(found))).score(IDS.tolist(), batch_size=1)) == 1
 
 
 @pytest.mark.parametrize(

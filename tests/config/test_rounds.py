@@ -1,9 +1,11 @@
 """Rounds: written out as stages, with what each starts from, its prompts and the data it keeps."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+import yaml
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from align.config.load import load_pipeline
@@ -256,6 +258,36 @@ def test_every_reference_leads_to_an_earlier_stage():
     for name, stage in loaded.stages.items():
         assert all(found.stage in seen for found in references(stage.config))
         seen.append(name)
+
+
+keys = st.sampled_from(
+    ["number", "stages", "policy", "first", "start", "keep", "prompts", "reward", "sft", "zzz"]
+)
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-1, 5)
+    | st.sampled_from(["all", "split", "dpo", "$seed", "$", ""]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.dictionaries(keys, values, max_size=5) | values,
+    st.lists(st.tuples(keys, st.text(max_size=5)), max_size=1),
+)
+def test_whatever_is_given_are_rounds_or_problems(given_rounds, sets):
+    data = yaml.safe_load(TEXT)
+    if isinstance(given_rounds, dict):
+        given_rounds = data["rounds"] | given_rounds
+    text = yaml.safe_dump(data | {"rounds": given_rounds}, sort_keys=False)
+    with suppress(AlignError):
+        loaded = load(text, *(f"rounds.{key}={value}" for key, value in sets))
+        assert loaded.chosen
 
 
 @given(
