@@ -32,6 +32,9 @@ MOST = 99
 DRAWING = ("sample", "ppo")
 """Stages that draw answers: they get new prompts in each round."""
 
+TOLD = "org/model"
+"""Stands for a model whose trouble is told: it has the form of a Hub id, so that nothing is told twice."""
+
 PREVIOUS, START = "previous", "start"
 """`$previous` and `$start`."""
 
@@ -144,7 +147,7 @@ class Rounds:
         trouble: tuple[str, str] | None = None
         text: str | None = None
         if number is None:
-            trouble = f"`${word}` means something in a round only", "name a stage or a model"
+            trouble = f"uses `${word}`, which means something in a round only", "name a stage or a model"
         elif word == START and start is None:
             trouble = "needs `rounds.start`", "give it a model, or `previous`"
         elif word == START and start != PREVIOUS:
@@ -162,7 +165,7 @@ class Rounds:
             trouble = "has no round before the first: `rounds.first` is not given", hint
         if trouble:
             draft.tell(Trouble(path, *trouble))
-            _set(draft, path, "?")
+            _set(draft, path, TOLD)
         elif text is not None:
             _set(draft, path, text, self.sources.get(key))
 

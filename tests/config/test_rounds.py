@@ -233,6 +233,7 @@ def test_what_is_wrong_is_told_with_its_line(old, new, line, words):
     assert any(words in str(problem) for problem in found), [str(problem) for problem in found]
     assert line in {problem.line for problem in found}
     assert len({str(problem) for problem in found}) == len(found), "each is told once"
+    assert not any("`?`" in str(problem) or "org/model" in str(problem) for problem in found)
     if line < 10:
         assert all("$previous" not in str(problem) for problem in found), "no errors that follow"
 
