@@ -147,7 +147,10 @@ class Rounds:
         trouble: tuple[str, str] | None = None
         text: str | None = None
         if number is None:
-            trouble = f"uses `${word}`, which means something in a round only", "name a stage or a model"
+            trouble = (
+                f"uses `${word}`, which means something in a round only",
+                "name a stage or a model",
+            )
         elif word == START and start is None:
             trouble = "needs `rounds.start`", "give it a model, or `previous`"
         elif word == START and start != PREVIOUS:

@@ -6,6 +6,9 @@ from typing import Any
 from align.plan.memory import weight_bytes
 from align.plan.setting import Result, Setting, StagePlan, origin_of
 
+SHARD = 5e9
+"""Bytes of the largest file of a saved model."""
+
 
 def plan_average(plan: StagePlan, config: Any, setting: Setting) -> Result:
     """Files of several models become one; no GPU takes part."""
@@ -24,9 +27,9 @@ def plan_average(plan: StagePlan, config: Any, setting: Setting) -> Result:
     whole = weight_bytes(first.shape, first.dtype)
     if not adapter:
         plan.disk["artifact"] = whole
-        in_memory = (
-            2 * weight_bytes(first.shape, "float32") if first.adapter else min(whole, 5e9) * 3
-        )
+        merges = first.adapter or (config.checkpoints and config.method == "merge")
+        whole_models = 2 * weight_bytes(first.shape, "float32")
+        in_memory = whole_models if merges else 3 * min(whole, SHARD)
         plan.notes.append(f"about {in_memory / 2**30:.2g} GiB of the machine's own memory")
         return Result(replace(first, adapter=0, download=None))
     ranks = count if config.method == "cat" else 1

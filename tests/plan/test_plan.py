@@ -143,6 +143,7 @@ def test_rounds_are_planned_stage_by_stage():
     mean = by_name["mean@1"]
     assert (mean.memory, mean.seconds) == (None, 0.0)
     assert mean.disk["artifact"] == 2 * 8_030_261_248
+    assert any("about 60 GiB of the machine's own memory" in note for note in mean.notes)
     assert made.seconds is not None
 
 
