@@ -42,6 +42,7 @@ SUMMARIES = {
     "sample": "Rejection sampling: draw, score, keep the best, pair best and worst.",
     "dpo": "Direct preference optimization on pairs.",
     "ppo": "Proximal policy optimization against a reward model.",
+    "average": "Average models, adapters or checkpoints, weight by weight.",
     "eval": "Answer held-out prompts and score the answers, with intervals.",
     "push": "Upload a run's model with tokenizer, chat template and card. Private unless --public.",
 }

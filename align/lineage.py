@@ -69,6 +69,7 @@ ROOMS = {
     "dpo": ("data", "models", "training"),
     "ppo": ("data", "models", "training", "generation", "evaluation", "tiny", "ppo"),
     "sample": ("data", "models", "generation", "evaluation", "tiny"),
+    "average": ("models", "averaging"),
     "eval": ("data", "models", "generation", "evaluation", "tiny"),
     "push": ("hub",),
 }

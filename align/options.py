@@ -40,6 +40,7 @@ EVERYDAY: Mapping[str, tuple[str, ...]] = {
         *("generation.max_new_tokens", "generation.generation_batch_size"),
         *("scorer.reward_model", "scorer.judge", "pairs.pair_rule", "seed", *LAUNCH),
     ),
+    "average": ("output_dir", "method", "svd_rank", "checkpoints", "dtype"),
     "eval": (
         *("output_dir", "data.dataset_name", "data.dataset_train_split", "data.max_samples"),
         *("generation.max_new_tokens", "generation.generation_batch_size"),

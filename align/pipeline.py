@@ -72,7 +72,8 @@ def run_pipeline(
             check_ahead(pushes, way_out="leave the push out of the pipeline for now")
         with locked(plan.output):
             try:
-                _Walk(plan, names, set(force)).go()
+                again = {one for name in force for one in meant(plan, name)}
+                _Walk(plan, names, again).go()
             except Exception as error:
                 if plan.output.exists() and not isinstance(error, Stopped):
                     _report(plan.output)  # what there is, and what failed
@@ -81,14 +82,22 @@ def run_pipeline(
 
 
 def stage_names(plan: Plan, until: str | None, force: Sequence[str]) -> list[str]:
-    """The stages to look at, in order. Raises AlignError where `until` or `force` name none."""
+    """The stages to look at, in order. Raises AlignError where `until` or `force` name none.
+
+    `sft` stands for `sft@1`, `sft@2`, ... of a pipeline with rounds: it runs until the last of them.
+    """
     for key, wanted in [("--until", until), *(("--force", name) for name in force)]:
-        if wanted is not None and wanted not in plan.chosen:
+        if wanted is not None and not meant(plan, wanted):
             close = nearest(wanted, plan.chosen)
             hint = f"did you mean `{close}`?" if close else f"stages: {', '.join(plan.chosen)}"
             fail(f"no stage that runs is called `{wanted}`", where=key, hint=hint)
     names = list(plan.chosen)
-    return names[: names.index(until) + 1] if until else names
+    return names[: names.index(meant(plan, until)[-1]) + 1] if until else names
+
+
+def meant(plan: Plan, name: str) -> list[str]:
+    """The stages that run and that a name stands for: itself, or the same stage of all rounds."""
+    return [one for one in plan.chosen if name in (one, one.partition("@")[0])]
 
 
 def _refuse_foreign(plan: Plan, names: Sequence[str], found: dict[str, StageStatus]) -> None:

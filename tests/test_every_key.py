@@ -18,6 +18,7 @@ from align.errors import AlignError
 from align.models.adapters import lora_config
 from align.models.identity import Artifact
 from align.models.loading import load_arguments
+from align.stages.average import AverageConfig
 from align.stages.dpo import DPOConfig
 from align.stages.evaluate import EvalConfig
 from align.stages.ppo import PPOConfig
@@ -103,6 +104,7 @@ NEEDS = {
 """What has to be set for a key to mean anything."""
 
 SEEN_ELSEWHERE = {
+    "trainer.keep_checkpoints": "tests/averaging/test_average.py",
     "output_dir": "tests/test_runs.py",
     "stage": "the command's own name",
     "launch.num_processes": "tests/test_launch.py",
@@ -455,6 +457,31 @@ def test_an_eval_run_reads_every_key_of_its_own(llama, rows, monkeypatch):
     run(config, RunFolder(config, quiet=True))
     unread = keys_of(EvalConfig) - reads.keys
     assert {key for key in unread if not key.startswith("models.")} <= {"score_batch_size"}
+
+
+def test_averages_read_every_key_of_their_own(llama, tmp_path, monkeypatch):
+    from averaging.test_average import adapter
+    from transformers import AutoTokenizer
+
+    from align.runs import RunFolder
+    from align.stages.average import run
+
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    adapters = {
+        name: adapter(llama, tmp_path / name, at, tokenizer) for at, name in enumerate("ab")
+    }
+    read: set[str] = set()
+    for number, given in enumerate(
+        [
+            {"models": {"a": str(llama), "b": str(llama)}},
+            {"models": adapters, "method": "svd", "svd_rank": 2},
+        ]
+    ):
+        config = AverageConfig.model_validate({"output_dir": str(tmp_path / str(number)), **given})
+        reads = _Reads(monkeypatch, config)
+        run(config, RunFolder(config, quiet=True))
+        read |= reads.keys
+    assert {key for key in keys_of(AverageConfig) if not key.startswith("models.")} <= read
 
 
 def test_both_scorers_at_once_are_refused():

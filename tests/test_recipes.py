@@ -12,7 +12,10 @@ HERD = (
     *("llama3-8b", "llama3.1-8b", "llama3.1-70b", "llama3.1-405b"),
     *("llama3.2-1b", "llama3.2-3b"),
 )
-STAGES = ("sft", "sft-qlora", "sft-full", "reward", "sample", "dpo", "eval", "push", "pipeline")
+STAGES = (
+    *("sft", "sft-qlora", "sft-full", "reward", "sample", "dpo", "ppo", "eval", "push"),
+    "pipeline",
+)
 OTHERS = ("llama2-7b", "instruct", "tasks")
 REAL = [recipe for recipe in shipped_recipes() if recipe.name.partition("/")[0] in HERD + OTHERS]
 
@@ -91,8 +94,66 @@ def test_a_push_is_ready_and_runs_only_when_asked_for(model):
     assert chosen.stages["push"].config.run == "$dpo"
 
 
-def test_llama_2_has_a_margin():
+def test_llama_2_has_its_papers_settings():
+    """arXiv 2307.09288, section 3: margins; PPO's batch 512 in minibatches of 64, and its optimizer."""
     assert load_stage("llama2-7b/reward", ready=False).config.use_margin
+    ppo = load_stage("llama2-7b/ppo", ready=False).config
+    trainer = ppo.trainer
+    minibatch = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
+    assert (minibatch, minibatch * ppo.num_mini_batches, ppo.num_ppo_epochs) == (64, 512, 1)
+    assert 200 <= ppo.total_episodes / 512 <= 400
+    assert (ppo.kl_coef, ppo.cliprange, ppo.whiten_rewards) == (0.01, 0.2, True)
+    assert (trainer.learning_rate, trainer.lr_scheduler_type) == (1e-6, "constant")
+    assert (trainer.adam_beta1, trainer.adam_beta2, trainer.adam_epsilon) == (0.9, 0.95, 1e-5)
+    assert (trainer.weight_decay, trainer.max_grad_norm, trainer.warmup_steps) == (0.1, 1.0, 0)
+    sft = load_stage("llama2-7b/sft", ready=False).config.trainer
+    assert (sft.learning_rate, sft.num_train_epochs, sft.weight_decay) == (2e-5, 2, 0.1)
+    assert sft.per_device_train_batch_size * sft.gradient_accumulation_steps == 64
+
+
+def data_of(stage):
+    data = stage.config.data
+    return [data.dataset_name] if data.dataset_name else [one.path for one in data.datasets]
+
+
+def test_llama_2_rounds():
+    """Rejection sampling from the base on the best of all rounds, then PPO on the last one's model."""
+    stages = load_pipeline("llama2-7b/pipeline", ready=False).stages
+    assert [name for name in stages if "@" not in name] == ["sft", "reward", "ppo", "eval"]
+    drawn = [stages[f"best@{n}"].config.model.model_name_or_path for n in (1, 2, 3, 4)]
+    assert drawn == ["$sft", "$rs@1", "$rs@2", "$rs@3"]
+    base = stages["sft"].config.model.model_name_or_path
+    for number in (1, 2, 3, 4):
+        trained = stages[f"rs@{number}"]
+        assert trained.config.model.model_name_or_path == base
+        assert data_of(trained) == [f"$best@{n}/sft.jsonl" for n in range(1, number + 1)]
+    assert stages["ppo"].config.model.model_name_or_path == "$rs@4"
+    splits = {stages[f"best@{n}"].config.data.dataset_train_split for n in (1, 2, 3, 4)}
+    assert len(splits) == 4
+
+
+def test_llama_3_rounds():
+    """Six rounds: the reward model and SFT from the pretrained model, DPO on this round's SFT and preferences."""
+    pipeline = load_pipeline("llama3.1-8b/rounds", ready=False)
+    stages = pipeline.stages
+    assert pipeline.pending == ()
+    base = stages["seed"].config.model.model_name_or_path
+    for number in range(1, 7):
+        reward, sft, dpo = (stages[f"{name}@{number}"] for name in ("reward", "sft", "dpo"))
+        assert reward.config.model.model_name_or_path == sft.config.model.model_name_or_path == base
+        pairs = [f"$preferences@{n}/pairs.jsonl" for n in range(1, number + 1)]
+        assert data_of(reward)[1:] == pairs, "all preferences so far"
+        assert data_of(dpo) == pairs[-1:], "the most recent ones"
+        assert data_of(sft)[1:] == [f"$best@{number}/sft.jsonl"]
+        assert dpo.config.model.model_name_or_path == f"$mean@{number}"
+        assert (dpo.config.beta, dpo.config.rpo_alpha, dpo.config.mask_format_tokens) == (
+            0.1,
+            0.2,
+            True,
+        )
+        latest = "$seed" if number == 1 else f"$dpo@{number - 1}"
+        for name in ("preferences", "best"):
+            assert stages[f"{name}@{number}"].config.model.model_name_or_path == latest
 
 
 @pytest.mark.parametrize("model", HERD)

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from align.config.draft import Draft, Layer, Override
 from align.config.fields import config_class, leaf_fields
 from align.config.problems import KeyPath, RecipeProblem, Source, dotted, shown
+from align.config.rounds import Rounds, read_rounds
 from align.config.suggest import advice, nearest
 from align.config.yaml import Document, read
 from align.errors import AlignError, Problem
@@ -16,7 +18,9 @@ from align.resources import display, find_recipe
 from align.stages import STAGES
 
 STAGE_NAME = re.compile(r"[A-Za-z_][\w-]*")
-KEYS = ("output_dir", "defaults", "stages")
+KEYS = ("output_dir", "defaults", "rounds", "stages")
+ROUND_NAME = re.compile(rf"({STAGE_NAME.pattern})@(\d+)")
+"""`sft@2`: what differs in one round."""
 
 
 def _every_key() -> list[str]:
@@ -56,7 +60,13 @@ class PipelineReader:
                 if close is None and advice(key, _every_key()):
                     hint = "a key for several stages goes under `defaults:`, another into its stage"
                 self.tell((key,), f"is no key of a pipeline (value {shown(value)})", hint, value)
-            elif key != "output_dir" and value is not None and not isinstance(value, Mapping):
+            elif key == "rounds" and (isinstance(value, list) or value in ("", {})):
+                self.tell((key,), f"must be a number or a mapping, got {shown(value)}", None, value)
+            elif (
+                key in ("defaults", "stages")
+                and value is not None
+                and not isinstance(value, Mapping)
+            ):
                 self.tell((key,), f"must be a mapping, got {shown(value)}", None, value)
         if not self.mapping("stages"):
             self.tell(("stages",), "must name at least one stage", "as in `sft: {stage: sft, ...}`")
@@ -74,31 +84,86 @@ class PipelineReader:
             return "?", origin
         return value, origin
 
+    @cached_property
+    def rounds(self) -> Rounds | None:
+        """The block of stages that repeats, if the file has one."""
+
+        def tell(source: Source, path: KeyPath, message: str, hint: str | None, value: Any) -> None:
+            self.problems.append(RecipeProblem.at(source, dotted(path), message, hint, value))
+
+        given = self.document.data.get("rounds")
+        names = list(self.mapping("stages"))
+        return read_rounds(given, names, self.source, self.changes, tell)
+
+    @property
+    def rounds_are_wrong(self) -> bool:
+        """Whether there are rounds that cannot be written out, so that `$name` means nothing yet."""
+        return self.rounds is None and self.document.data.get("rounds") is not None
+
+    @cached_property
+    def stages(self) -> list[tuple[str, str, int | None]]:
+        """Name, entry in `stages:` and round of every stage, in the order in which they run."""
+        names = list(self.mapping("stages"))
+        if self.rounds is not None or self.rounds_are_wrong:
+            names = [name for name in names if not ROUND_NAME.fullmatch(name)]
+        if self.rounds is None:
+            return [(name, name, None) for name in names]
+        return self.rounds.written_out(names)
+
+    @property
+    def names(self) -> list[str]:
+        """The stages in the order in which they run."""
+        return [name for name, _, _ in self.stages]
+
+    def meant(self, name: str) -> list[str]:
+        """The stages that a name on the command line stands for: one, or those of all rounds."""
+        return self.rounds.all_of(name) if self.rounds else [name]
+
     def drafts(self) -> dict[str, Draft]:
-        """What was given for each stage, overrides included."""
+        """What was given for each stage, overrides and the round's part of it included."""
         found = {}
-        for name, entry in self.mapping("stages").items():
-            draft = self._draft(name, entry)
+        for name, entry, number in self.stages:
+            draft = self._draft(entry, self.mapping("stages")[entry], number)
             if draft is not None:
                 found[name] = draft
+        self._tell_rounds_apart()
         self._tell_unused(found)
         for change in self.changes:
             self._override(change, found)
+        if self.rounds is not None:
+            for name, entry, number in self.stages:
+                if name in found:
+                    self.rounds.fill(found[name], entry, number)
         return found
+
+    def _tell_rounds_apart(self) -> None:
+        """Entries `name@2` whose stage or round there is not."""
+        if self.rounds is None:
+            return
+        for name, entry in self.mapping("stages").items():
+            match = ROUND_NAME.fullmatch(name)
+            if match and name not in self.names:
+                hint = f"stages of the rounds: {', '.join(self.rounds.block)}"
+                message = f"is no stage of the {self.rounds.config.number} rounds"
+                self.tell(("stages", name), message, hint)
+            elif match and (not isinstance(entry, Mapping) or {"stage", "recipe"} & set(entry)):
+                hint = f"`stage` and `recipe` belong to `{match[1]}`"
+                self.tell(("stages", name), "holds what differs in this round, no more", hint)
 
     def optional(self) -> list[str]:
         """Names of the stages that run only when asked for."""
         found = []
-        for name, entry in self.mapping("stages").items():
+        for name, key, _ in self.stages:
+            entry = self.mapping("stages")[key]
             value = entry.get("optional", False) if isinstance(entry, Mapping) else False
             if not isinstance(value, bool):
-                path = ("stages", name, "optional")
+                path = ("stages", key, "optional")
                 self.tell(path, f"must be true or false, got {shown(value)}", None, value)
             elif value:
                 found.append(name)
         return found
 
-    def _draft(self, name: str, entry: Any) -> Draft | None:
+    def _draft(self, name: str, entry: Any, number: int | None = None) -> Draft | None:
         path: KeyPath = ("stages", name)
         if not STAGE_NAME.fullmatch(name) or name in KEYS:
             self.tell(path, "is no name for a stage", "use letters, digits, `_` and `-`")
@@ -126,7 +191,19 @@ class PipelineReader:
             self._refuse_output_dir(inline.source(("output_dir",)))
             inline.data = {key: value for key, value in entry.items() if key != "output_dir"}
         draft.add(inline)
+        if number is not None:
+            self._add_own(draft, f"{name}@{number}")
         return draft
+
+    def _add_own(self, draft: Draft, name: str) -> None:
+        """Put over a stage what the file has for this round alone."""
+        own = self.mapping("stages").get(name)
+        if isinstance(own, Mapping):
+            layer = Layer(self.document, own, ("stages", name), f"{name}.", self.folder)
+            if "output_dir" in own:
+                self._refuse_output_dir(layer.source(("output_dir",)))
+                layer.data = {key: value for key, value in own.items() if key != "output_dir"}
+            draft.add(layer)
 
     def _base(self, name: str, entry: Mapping[str, Any]) -> Document | None:
         """The recipe file that a stage builds on."""
@@ -176,7 +253,10 @@ class PipelineReader:
         source = Source(change.origin, key=change.key)
         if change.key == "output_dir" or ("--set", change.key) in self._used:
             return
-        if head not in drafts or not rest:
+        if change.key.partition(".")[0] == "rounds" and "rounds" not in drafts:
+            return
+        meant = [name for name in self.meant(head) if name in drafts]
+        if not meant or not rest:
             self._unknown(change, head, drafts)
         elif rest == "output_dir":
             self._refuse_output_dir(source)
@@ -185,7 +265,8 @@ class PipelineReader:
             problem = RecipeProblem.at(source, rest, "cannot be set here", hint, change.value)
             self.problems.append(problem)
         else:
-            drafts[head].override(change, rest)
+            for name in meant:
+                drafts[name].override(change, rest)
 
     def _unknown(self, change: Override, head: str, drafts: Mapping[str, Draft]) -> None:
         bare = change.key.removeprefix("defaults.")

@@ -39,6 +39,9 @@ def troubles(config: StageConfig) -> Iterator[Trouble]:
         yield from _model(model)
         if isinstance(lora, LoraSection):
             yield from _lora(model, lora, merged=values.get("merge_adapter", False))
+            trainer = values.get("trainer")
+            if isinstance(trainer, TrainerSection) and trainer.keep_checkpoints:
+                yield from _kept_checkpoints(model, lora, trainer, values["stage"])
     data = values.get("data")
     if isinstance(data, DataSection):
         yield from _data(data)
@@ -49,8 +52,8 @@ def troubles(config: StageConfig) -> Iterator[Trouble]:
             yield from _evaluation(trainer, data)
     if isinstance(values.get("hub"), HubSection):
         yield from plain_troubles(config)
-    own = {"dpo": _dpo, "sample": _sample, "eval": _eval, "ppo": _ppo}.get(values["stage"])
-    if own:
+    checks = {"dpo": _dpo, "sample": _sample, "eval": _eval, "ppo": _ppo, "average": _average}
+    if own := checks.get(values["stage"]):
         yield from own(config)
 
 
@@ -132,6 +135,24 @@ def _lora(model: ModelSection, lora: LoraSection, *, merged: bool) -> Iterator[T
             "set `model.adapter_mode: continue`, or load the base unquantized",
             (f"model.{quantized}", "model.adapter_name_or_path"),
         )
+
+
+def _kept_checkpoints(
+    model: ModelSection, lora: LoraSection, trainer: TrainerSection, stage: str
+) -> Iterator[Trouble]:
+    key: KeyPath = ("trainer", "keep_checkpoints")
+    if stage == "ppo":
+        hint = "average the policies of several runs instead"
+        yield Trouble(key, "cannot be used with PPO, whose checkpoints hold several roles", hint)
+    if lora.use_peft and model.adapter_name_or_path and not model.continues_adapter:
+        message = "would keep adapters of a base that the old adapter is folded into"
+        hint = "set `model.adapter_mode: continue`, or start from a full model"
+        yield Trouble(key, message, hint, ("model.adapter_name_or_path", "model.adapter_mode"))
+    limit, kept = trainer.save_total_limit, trainer.keep_checkpoints or 0
+    if limit is not None and limit < kept:
+        message = f"keeps more than the {limit} checkpoints that `trainer.save_total_limit` leaves"
+        hint = "raise `save_total_limit`"
+        yield Trouble(key, message, hint, ("trainer.save_total_limit",))
 
 
 def _data(data: DataSection) -> Iterator[Trouble]:
@@ -285,6 +306,23 @@ def _sample(config: Any) -> Iterator[Trouble]:
         message = f"keeps more than the {config.generation.num_generations} completions of a prompt"
         others = ("generation.num_generations",)
         yield Trouble(("pairs", "keep_best"), message, "lower it", others)
+
+
+def _average(config: Any) -> Iterator[Trouble]:
+    least = 1 if config.checkpoints else 2
+    if len(config.models) < least:
+        hint = "name another one, or set `checkpoints` to average those of one run"
+        yield Trouble(("models",), "names too few models: an average takes two", hint)
+    if len(config.models) == 1 and config.checkpoints == 1:
+        yield Trouble(("checkpoints",), "takes one checkpoint of one run", "take two or more")
+    for name in config.weights:
+        yield from (
+            Trouble(trouble.key, trouble.message, trouble.hint, ("models",))
+            for trouble in _name(("weights", name), name, tuple(config.models), "entry of `models`")
+        )
+    if config.svd_rank is not None and config.method != "svd":
+        message = f"is the rank of `svd`, and `method` is `{config.method}`"
+        yield Trouble(("svd_rank",), message, "set `method: svd`", ("method",))
 
 
 def _eval(config: Any) -> Iterator[Trouble]:

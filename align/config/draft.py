@@ -25,6 +25,10 @@ RESERVED = ("stage", "recipe", "optional")
 """Keys beside a stage's own that the loader reads itself."""
 
 
+EITHER = (("data.dataset_name", "data.datasets"),)
+"""Keys of which a recipe has one: that of a later layer takes the place of the other."""
+
+
 class Override(NamedTuple):
     """`KEY=VALUE` from the command line."""
 
@@ -176,6 +180,9 @@ class Draft:
             else:
                 taken[leaf.name] = path
                 self.put(leaf, inner, Given(value, source, layer.below(path), layer.texts(path)))
+        for name, other in (*EITHER, *(pair[::-1] for pair in EITHER)):
+            if name in taken and other not in taken:
+                self.given.pop(other, None)
 
     def add_defaults(self, layer: Layer) -> set[KeyPath]:
         """Put in what this stage has of a layer that is meant for several; returns what it has.

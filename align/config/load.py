@@ -256,12 +256,13 @@ def load_pipeline(
     reader.check_top()
     output_dir, output_origin = reader.output_dir()
     drafts, optional = reader.drafts(), reader.optional()
-    chosen, wrong = _choose(optional, list(reader.mapping("stages")), with_stages)
+    asked = [name for given in with_stages for name in reader.meant(given)]
+    chosen, wrong = _choose(optional, reader.names, asked)
     problems += wrong
     for name, draft in drafts.items():
         draft.override(Override("output_dir", str(Path(output_dir) / name), output_origin))
     configs, pending = _complete(drafts, chosen)
-    if list(configs) == list(reader.mapping("stages")):
+    if list(configs) == reader.names and not reader.rounds_are_wrong:
         for name in configs:
             _connect(name, drafts, configs, optional, chosen)
     problems += [problem for draft in drafts.values() for problem in draft.problems]

@@ -1,5 +1,6 @@
 """`$name` in a pipeline: the artifact of an earlier stage, checked by kind before anything runs."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from align.config.problems import KeyPath
 from align.config.sections import StageConfig
 from align.config.suggest import nearest
 
-FORM = re.compile(r"\$([A-Za-z_][\w-]*)(?:/(.+))?")
+FORM = re.compile(r"\$([A-Za-z_][\w-]*(?:@\d+)?)(?:/(.+))?")
+"""`$name`, `$name/file`; `$name@2` is a stage of the second round."""
 
 Produces = Literal[
     "policy", "adapter", "reward model", "reward adapter", "samples", "results", "record"
@@ -55,9 +57,16 @@ def substitute(config: StageConfig, artifacts: Mapping[str, Path]) -> StageConfi
     return type(config).model_validate(nested)
 
 
-def produces(config: StageConfig) -> Produces:
-    """What kind of artifact a stage leaves."""
+MERGED: dict[str, Produces] = {"adapter": "policy", "reward adapter": "reward model"}
+
+
+def produces(config: StageConfig, stages: Mapping[str, StageConfig] | None = None) -> Produces:
+    """What kind of artifact a stage leaves; an average leaves what its first model is, a stage of `stages` mostly."""
     kind = config.model_dump(include={"stage"})["stage"]
+    if kind == "average":
+        found = _averaged(config, stages or {})
+        merge = config.model_dump(include={"method"})["method"] == "merge"
+        return MERGED.get(found, found) if merge else found
     if kind == "sample":
         return "samples"
     if kind == "eval":
@@ -71,20 +80,59 @@ def produces(config: StageConfig) -> Produces:
     return "adapter" if use_peft and not merged else "policy"
 
 
-def _base(config: StageConfig) -> str:
+def _averaged(config: StageConfig, stages: Mapping[str, StageConfig]) -> Produces:
+    """What the first model of an average is."""
+    models = config.model_dump(include={"models"})["models"]
+    return _member(config, str(next(iter(models.values()), "")), stages)
+
+
+def _member(config: StageConfig, text: str, stages: Mapping[str, StageConfig]) -> Produces:
+    """What one model of an average is: an earlier stage's artifact, its checkpoints, or a folder."""
+    match = FORM.fullmatch(text)
+    if match and match[1] in stages and stages[match[1]] is not config:
+        target = stages[match[1]]
+        kept = config.model_dump(include={"checkpoints"})["checkpoints"] is not None
+        if kept and "merge_adapter" in type(target).model_fields:
+            # What a run keeps of its checkpoints are the adapters, whatever becomes of the last one.
+            target = target.model_copy(update={"merge_adapter": False})
+        return produces(target, stages)
+    adapter = Path(text).expanduser() / "adapter_config.json"
+    if not adapter.is_file():
+        return "policy"
+    try:
+        facts = json.loads(adapter.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "adapter"
+    return "reward adapter" if facts.get("task_type") == "SEQ_CLS" else "adapter"
+
+
+def _base(config: StageConfig, stages: Mapping[str, StageConfig]) -> str:
+    """The full model that a stage's adapter sits on."""
+    if config.model_dump(include={"stage"})["stage"] == "average":
+        first = str(next(iter(config.model_dump(include={"models"})["models"].values())))
+        match = FORM.fullmatch(first)
+        return _base(stages[match[1]], stages) if match and match[1] in stages else "<its base>"
     return str(config.model_dump(include={"model"})["model"]["model_name_or_path"])
 
 
-def _model_trouble(reference: Reference, target: StageConfig) -> tuple[str, str] | None:
+def _model_trouble(
+    reference: Reference, config: StageConfig, stages: Mapping[str, StageConfig]
+) -> tuple[str, str] | None:
     """Message and hint where an artifact does not fit a key that names a model."""
-    name, kind = reference.stage, produces(target)
-    text = reference.text
+    target, text = stages[reference.stage], reference.text
+    name, kind = reference.stage, produces(target, stages)
     if kind in ("samples", "results", "record"):
         held = "the record of a push" if kind == "record" else kind
         return f"needs a model, and `{text}` holds {held}", "name a stage that trains a model"
     if reference.file:
         return f"needs a model folder, and `{text}` is a file in it", f"write `${name}`"
     if reference.pattern == "run":
+        return None
+    if config.model_dump(include={"stage"})["stage"] == "average":
+        first, own = _averaged(config, stages), _member(config, text, stages)
+        if own != first:
+            message = f"is of the kind {own}, and the first model of the kind {first}"
+            return message, "average models of one kind: set `merge_adapter` alike in their stages"
         return None
     wants_reward = reference.pattern.endswith("reward_model")
     is_reward = kind in ("reward model", "reward adapter")
@@ -103,7 +151,7 @@ def _model_trouble(reference: Reference, target: StageConfig) -> tuple[str, str]
     if reference.pattern == "model.model_name_or_path" and kind == "adapter":
         return (
             f"needs a full model, and the stage `{name}` leaves an adapter",
-            f"set `adapter_name_or_path: {text}` and `model_name_or_path: {_base(target)}`, "
+            f"set `adapter_name_or_path: {text}` and `model_name_or_path: {_base(target, stages)}`, "
             f"or `merge_adapter: true` in `{name}`",
         )
     if reference.pattern == "model.adapter_name_or_path" and kind == "policy":
@@ -115,10 +163,10 @@ def _model_trouble(reference: Reference, target: StageConfig) -> tuple[str, str]
 
 
 def _data_trouble(
-    reference: Reference, config: StageConfig, target: StageConfig
+    reference: Reference, config: StageConfig, stages: Mapping[str, StageConfig]
 ) -> tuple[str, str] | None:
     """Message and hint where an artifact does not fit a key that names rows."""
-    name, kind = reference.stage, produces(target)
+    name, kind = reference.stage, produces(stages[reference.stage], stages)
     reader = config.model_dump(include={"stage"})["stage"]
     if kind != "samples":
         return (
@@ -172,9 +220,9 @@ def check(
             continue
         wrong = None
         if reference.pattern in MODEL_KEYS:
-            wrong = _model_trouble(reference, stages[reference.stage])
+            wrong = _model_trouble(reference, stages[name], stages)
         elif reference.pattern in DATA_KEYS:
-            wrong = _data_trouble(reference, stages[name], stages[reference.stage])
+            wrong = _data_trouble(reference, stages[name], stages)
         if wrong:
             found.append(Trouble(reference.path, *wrong))
     return found

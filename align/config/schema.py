@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from align.config.fields import LeafField, alternatives, bounds, config_class, leaf_fields
 from align.config.outline import sentences
+from align.config.rounds import RoundsConfig
 from align.config.sections import Section
 from align.stages import STAGES
 
@@ -120,6 +121,10 @@ def _pipeline() -> dict[str, Any]:
             {name: _any_of(values) for name, values in shared.items()},
             description="Keys for every stage that has them, below the stage's own.",
         ),
+        "rounds": {
+            "description": "Stages that repeat: their number, or a mapping.",
+            "anyOf": [{"type": "integer", "minimum": 1}, _part(RoundsConfig, ())],
+        },
         "stages": {
             "type": "object",
             "description": "Name -> stage, in order; `$name` is what an earlier one left.",

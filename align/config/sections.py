@@ -204,6 +204,8 @@ class TrainerSection(Section):
     """Save a checkpoint every so many optimizer steps; the same command goes on from the newest complete one."""
     save_total_limit: PositiveInt | None = 2
     """Checkpoints kept while the stage runs."""
+    keep_checkpoints: PositiveInt | None = None
+    """Leave the weights of so many newest checkpoints in the finished run's folder, for `align average`."""
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     """When to evaluate during training."""
     eval_steps: PositiveInt | None = None

@@ -28,7 +28,7 @@ ALLOWED = frozenset(
         *("README.md", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md"),
     }
 )
-KEPT_HERE = frozenset({IDENTITY_FILE, "reward_report.json"})
+KEPT_HERE = frozenset({IDENTITY_FILE, "reward_report.json", "average_report.json"})
 """align's own notes in an artifact: what matters of them is in the card."""
 PATH_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file")
 """Keys of saved configs that only say where a file lay."""

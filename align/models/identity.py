@@ -39,7 +39,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _config_file(path: str, name: str, revision: str | None) -> Path | None:
+def model_file(path: str, name: str, revision: str | None) -> Path | None:
     """The file `name` of a local folder or a Hub repository; None where there is no such file."""
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -78,9 +78,9 @@ def artifact_hint(path: str) -> str | None:
 
 def look_at(path: str, revision: str | None = None) -> Artifact:
     """Say what `path` holds. Raises AlignError where it is no model and no adapter."""
-    adapter_file = _config_file(path, "adapter_config.json", revision)
+    adapter_file = model_file(path, "adapter_config.json", revision)
     if adapter_file is not None:
-        if _config_file(path, "adapter_model.safetensors", revision) is None:
+        if model_file(path, "adapter_model.safetensors", revision) is None:
             fail(
                 "holds no adapter_model.safetensors, and align reads no pickle files",
                 where=path,
@@ -91,7 +91,7 @@ def look_at(path: str, revision: str | None = None) -> Artifact:
         return Artifact(
             path, kind, adapter.get("base_model_name_or_path"), adapter.get("revision"), adapter
         )
-    config_file = _config_file(path, "config.json", revision)
+    config_file = model_file(path, "config.json", revision)
     if config_file is None:
         fail(
             "holds neither config.json nor adapter_config.json",

@@ -24,7 +24,7 @@ MOST = 256e6
 CHARACTERS = 4.0
 """Characters of English text per token of a large vocabulary."""
 
-SLICE = re.compile(r"\[(-?\d*%?):(-?\d*%?)\]")
+SLICE = re.compile(r"\[(-?[\d.]*%?):(-?[\d.]*%?)\]")
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ def sliced(count: int | None, split: str) -> int | None:
         return count
     ends = match.groups()
     if count is None:
-        whole = ends[0] in ("", "0") and ends[1].isdigit()
-        return int(ends[1]) if whole else None
+        counted = (ends[0] or "0").isdigit() and ends[1].isdigit()
+        return max(int(ends[1]) - int(ends[0] or 0), 0) if counted else None
 
     def place(text: str, default: int) -> int:
         if not text:
             return default
-        value = round(count * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+        value = round(count * float(text[:-1]) / 100) if text.endswith("%") else int(text)
         return min(max(value + (count if value < 0 else 0), 0), count)
 
     return max(place(ends[1], count) - place(ends[0], 0), 0)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from align.config.references import FORM, is_reference
+from align.config.references import FORM
 from align.config.sections import DataSection
 from align.plan.gpus import Gpu
 from align.plan.memory import SLACK, Memory, Training
@@ -96,17 +96,35 @@ def origin_of(name: str, setting: Setting) -> Origin:
 
 
 def read_rows(data: DataSection, setting: Setting) -> Rows:
-    name = data.dataset_name
-    if name is None or not is_reference(name):
+    """The rows of a data section, those that earlier stages of the plan write included."""
+    names = [data.dataset_name] if data.datasets is None else [one.path for one in data.datasets]
+    matches = [FORM.fullmatch(name or "") for name in names]
+    if not any(matches):
         return rows_of(data)
-    match = FORM.fullmatch(name)
-    assert match is not None
-    count = setting.results.get(match[1], Result()).rows.get(match[2] or "")
-    if count is not None and data.test_split_size:
-        count -= round(count * data.test_split_size)
+    counts: list[int | None] = []
+    sources: list[str] = []
+    for place, match in enumerate(matches):
+        if match is not None:
+            made = setting.results.get(match[1], Result()).rows
+            counts.append(made.get(match[2] or ""))
+            sources.append(f"`{match[1]}`")
+        elif data.datasets is not None:
+            alone = {
+                "datasets": [data.datasets[place]],
+                "test_split_size": None,
+                "max_samples": None,
+            }
+            found = rows_of(data.model_copy(update=alone))
+            counts.append(found.count)
+            sources.append(found.source)
+    known = [one for one in counts if one is not None]
+    count = sum(known) if len(known) == len(counts) else None
     if count is not None and data.max_samples:
         count = min(count, data.max_samples)
-    return Rows(count, None, f"at most, from `{match[1]}`")
+    if count is not None and data.test_split_size:
+        share = data.test_split_size
+        count -= share if isinstance(share, int) else round(count * share)
+    return Rows(count, None, f"at most, from {', '.join(sources)}")
 
 
 def weights_of(model: Any, origin: Origin, *, full: bool) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from align.config.sections import StageConfig
 from align.errors import AlignError
+from align.plan.averaged import plan_average
 from align.plan.drawn import plan_evaluation, plan_sampling
 from align.plan.origins import Origin
 from align.plan.pushed import note_own_push, plan_push
@@ -21,6 +22,7 @@ PLANNERS: dict[str, Planner] = {
     "dpo": plan_training,
     "ppo": plan_ppo,
     "sample": plan_sampling,
+    "average": plan_average,
     "eval": plan_evaluation,
     "push": plan_push,
 }

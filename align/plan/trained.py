@@ -2,8 +2,11 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from align.config.references import is_reference
+from align.errors import AlignError
 from align.plan.memory import (
     CONTEXT,
     Training,
@@ -19,11 +22,13 @@ from align.plan.setting import (
     StagePlan,
     largest,
     length_of,
+    origin_of,
     take_model,
     take_rows,
     weights_of,
     with_slack,
 )
+from align.plan.shapes import Shape
 from align.plan.speed import forward_seconds, generation_seconds, training_seconds
 
 
@@ -122,14 +127,14 @@ def plan_ppo(plan: StagePlan, config: Any, setting: Setting) -> Result:
         policy = given.adapter
         given = replace(given, adapter=policy * (2 if own_value else 1))
         given = replace(
-            given, extra=policy * given.adapter_bytes if config.scorer.reward_model else 0
+            given, extra=_reward_bytes(config, setting, shape, policy * given.adapter_bytes)
         )
     plan.training, plan.trainable = given, given.adapter or given.shape.parameters
     _fill_memory(plan, config, setting, given)
     live = generation.generation_batch_size
     draw = generation_memory(
         shape, given.weights, sequences=live, prompt=prompt, new=generation.max_new_tokens,
-        prompts=math.ceil(live / generation.num_generations), beside=_lasting(given),
+        prompts=math.ceil(live / generation.num_generations), beside=_lasting(given) + given.extra,
     )  # fmt: skip
     draw = with_slack(draw)
     if plan.memory is not None and draw.total > plan.memory.total:
@@ -157,6 +162,22 @@ def plan_ppo(plan: StagePlan, config: Any, setting: Setting) -> Result:
         plan.tokens = episodes * (known + generation.max_new_tokens)
         plan.seconds = episodes * each / plan.gpus
     return _leave(plan, config, origin, given)
+
+
+def _reward_bytes(config: Any, setting: Setting, shape: Shape, shared: int) -> int:
+    """What the reward model takes: an adapter on the policy's base (`shared`), or weights of its own."""
+    name = config.scorer.reward_model
+    if name is None:
+        return 0
+    try:
+        reward = origin_of(name, setting)
+    except AlignError:  # of an unknown shape: taken for an adapter
+        return shared
+    full = is_reference(name) or (Path(name) / "config.json").is_file()
+    own = full and not reward.adapter
+    if reward.shape is None or (reward.shape.parameters == shape.parameters and not own):
+        return shared
+    return round(weight_bytes(reward.shape.without_head(), reward.dtype))
 
 
 def _lasting(given: Training) -> float:

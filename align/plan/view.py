@@ -53,13 +53,13 @@ def _title(stage: StagePlan) -> str:
 
 
 def _lines(plan: Plan, stage: StagePlan) -> Iterator[Line]:
-    if stage.kind != "push":
+    if stage.gpus:
         yield "rows", _rows(stage), ""
     if stage.memory is not None:
         fits = stage.fits(plan.gpu)
         yield "memory", _memory(stage.memory, plan), "" if fits else "red"
         yield "batch", _batch(stage), ""
-    if stage.kind != "push":
+    if stage.gpus:
         yield "time", _time(stage), ""
     if stage.pushes:
         yield "pushes", ", ".join(stage.pushes), ""

@@ -26,7 +26,10 @@ COLOURS = {
     "off": "dim",
 }
 
-KEYS = ("loss", "accuracy", "score", "best_score", "pairs", "demonstrations", "prompts", "tokens")
+KEYS = (
+    *("loss", "accuracy", "score", "best_score", "distance", "svd_error"),
+    *("pairs", "demonstrations", "prompts", "tokens"),
+)
 """Notes of a stage that are shown, the most telling first."""
 
 HEADS = ("stage", "score, T = 1", "score, greedy", "reward", "KL", "tokens", "time")
@@ -139,6 +142,8 @@ def _mean(interval: Mapping[str, Any] | None) -> float | None:
 def _note(kind: str, summary: Mapping[str, Any]) -> str:
     """The key metric of a stage that leaves no policy."""
     accuracy, best = summary.get("accuracy"), summary.get("best_score")
+    if kind == "average" and isinstance(summary.get("distance"), int | float):
+        return f"of {summary.get('models')}, distance {summary['distance']:.3g}"
     if kind == "reward" and isinstance(accuracy, int | float):
         where = str(summary.get("accuracy_from", ""))
         return f"accuracy {accuracy:.3f}" + (f" ({where})" if where.startswith("train") else "")

@@ -6,6 +6,7 @@ STAGES: dict[str, str] = {
     "sample": "align.stages.sample:SampleConfig",
     "dpo": "align.stages.dpo:DPOConfig",
     "ppo": "align.stages.ppo:PPOConfig",
+    "average": "align.stages.average:AverageConfig",
     "eval": "align.stages.evaluate:EvalConfig",
     "push": "align.stages.push:PushConfig",
 }

@@ -66,7 +66,7 @@ def refuse_sharded_weights() -> None:
 def _common(trainer: TrainerSection, checkpoints: Path) -> dict[str, Any]:
     """The arguments that every trainer takes from its section, and those align decides itself."""
     refuse_sharded_weights()
-    given = trainer.model_dump(exclude={"extra", "report_to", "bf16"})
+    given = trainer.model_dump(exclude={"extra", "report_to", "bf16", "keep_checkpoints"})
     cuda = torch.cuda.is_available()
     bf16 = trainer.bf16
     if bf16 is None:

@@ -23,6 +23,12 @@ MANIFEST = "manifest.json"
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
+KEPT = "kept"
+"""Folder of a finished run with the weights of its last checkpoints, where the recipe asks for them."""
+
+WEIGHTS = re.compile(r"(adapter_)?(model|config)[\w.-]*\.(safetensors|json)")
+"""Files of a checkpoint that make a model or an adapter of it."""
+
 UNWANTED = "training_args.bin"
 """A pickle that may hold access tokens, and that resuming does not read."""
 
@@ -123,3 +129,18 @@ def keep_newest(folder: Path, limit: int | None, best: str | None = None) -> Non
             # Without its manifest it no longer counts, whatever the removal leaves behind.
             (old / MANIFEST).unlink()
             shutil.rmtree(old, ignore_errors=True)
+
+
+def keep_weights(checkpoints: Path, run: Path, number: int) -> list[Path]:
+    """Copy the weights of the `number` newest complete checkpoints to `<run>/kept/`; the oldest comes first."""
+    complete = [path for path in checkpoint_folders(checkpoints) if (path / MANIFEST).exists()]
+    found = []
+    for checkpoint in reversed(complete[:number]):
+        target = run / KEPT / checkpoint.name
+        shutil.rmtree(target, ignore_errors=True)  # what a killed attempt left
+        target.mkdir(parents=True)
+        for file in folder_files(checkpoint):
+            if file.parent == checkpoint and WEIGHTS.fullmatch(file.name):
+                shutil.copyfile(file, target / file.name)
+        found.append(target)
+    return found

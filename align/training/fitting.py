@@ -21,7 +21,7 @@ from align.models.quick_lora import quicken
 from align.models.tokenizer import end_of_turn_ids
 from align.runs import RunFolder
 from align.training.callbacks import SignalCallback, training_callbacks
-from align.training.checkpoints import newest_complete_checkpoint
+from align.training.checkpoints import keep_weights, newest_complete_checkpoint
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 
@@ -88,6 +88,7 @@ def save_policy(
     generation = generation_config(model, tokenizer)
     if not folder.is_main:
         return
+    keep_checkpoints(trainer, folder, section)
     artifact = folder.artifact
     if isinstance(model, PeftModel) and not merge_adapter:
         _save_as_adapter(model, section, artifact)
@@ -98,6 +99,24 @@ def save_policy(
         _drop_base_path(artifact)
     generation.save_pretrained(artifact)
     tokenizer.save_pretrained(artifact)
+
+
+def keep_checkpoints(trainer: Trainer, folder: RunFolder, section: ModelSection) -> None:
+    """Leave the weights of the last checkpoints in the run, where the recipe asks for them (`align average`).
+
+    Adapters among them name their base, as the artifact does.
+    """
+    config = folder.config.model_dump(include={"trainer"})
+    number = config["trainer"]["keep_checkpoints"]
+    if number is None or not folder.is_main:
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base, revision = section.model_name_or_path, section.model_revision
+    for kept in keep_weights(folder.checkpoints, folder.path, number):
+        if (kept / "adapter_config.json").is_file():
+            name_base(kept, base=base, revision=revision)
+            write_base_identity(kept, base, model.config.to_dict())
+        _drop_base_path(kept)
 
 
 def _merged(model: PeftModel) -> PreTrainedModel:

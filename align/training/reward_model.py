@@ -20,6 +20,7 @@ from align.models.identity import write_base_identity
 from align.models.loading import load_reward_model
 from align.runs import RunFolder
 from align.stages.reward import RewardConfig
+from align.training.fitting import keep_checkpoints
 
 Array = NDArray[np.float64]
 
@@ -55,6 +56,7 @@ def save_and_verify(
         return
     few = rows.train.select(range(min(VERIFIED_PAIRS, len(rows.train))))
     before = np.concatenate(score_pairs(RewardScorer(model, tokenizer), few, VERIFIED_PAIRS))
+    keep_checkpoints(trainer, folder, config.model)
     artifact, base = folder.artifact, config.model.model_name_or_path
     if isinstance(model, PeftModel) and not config.merge_adapter:
         save_adapter(model, artifact, base=base, revision=config.model.model_revision)

@@ -118,6 +118,18 @@ def test_defaults_reach_the_stages_that_have_the_key():
     assert stages["eval"].config.seed == 9
 
 
+def test_a_mixture_takes_the_place_of_a_shared_data_set_and_the_reverse():
+    mixture = "{datasets: [{path: org/a}, {path: org/b}]}"
+    text = BASE.replace("stages:", "defaults:\n  data: {dataset_name: org/all}\nstages:")
+    found = load(text.replace("{dataset_name: org/chats}", mixture)).stages["sft"].config.data
+    assert (found.dataset_name, len(found.datasets)) == (None, 2)
+    text = BASE.replace("stages:", f"defaults:\n  data: {mixture}\nstages:")
+    found = load(text).stages["sft"].config.data
+    assert (found.dataset_name, found.datasets) == ("org/chats", None)
+    both = BASE.replace("org/chats}", "org/chats, datasets: [{path: org/a}]}")
+    assert "are both given" in only(both)
+
+
 def test_overrides_name_a_stage_and_may_be_flat():
     stages = load(BASE, "sft.learning_rate=1e-3", "stages.dpo.beta=0.3").stages
     assert stages["sft"].config.trainer.learning_rate == 1e-3
@@ -369,3 +381,47 @@ def test_whatever_is_given_is_a_pipeline_or_a_list_of_problems(top, stage, sets)
             *(f"{name}.{key}={value}" for name, key, value in sets),
         )
         assert loaded.chosen
+
+
+# --- averages ---------------------------------------------------------------------------------
+
+MORE = """\
+  twin:
+    stage: sft
+    model: {model_name_or_path: org/base}
+    data: {dataset_name: org/chats}
+  other: {stage: sft, model: {model_name_or_path: org/base}, data: {dataset_name: org/chats}, trainer: {seed: 1}}
+  mean: {stage: average, models: {a: $twin, b: $other}}
+  user:
+    stage: dpo
+    model: {model_name_or_path: $mean}
+    data: {dataset_name: $pairs/pairs.jsonl}
+"""
+
+
+def test_an_average_is_of_the_kind_of_its_models():
+    def kind(**change: str) -> str:
+        text = BASE + MORE.partition("  user")[0]
+        for old, new in change.items():
+            text = text.replace({"models": "{a: $twin, b: $other}"}.get(old, old), new)
+        stages = {name: stage.config for name, stage in load(text).stages.items()}
+        return produces(stages["mean"], stages)
+
+    assert kind() == "adapter"
+    assert kind(models="{a: $twin, b: $other}, method: merge") == "policy"
+    assert kind(models="{a: $sft}, checkpoints: 3") == "adapter", (
+        "of a run that merges its last one"
+    )
+    assert kind(models="{a: $sft}, checkpoints: 3, method: merge") == "policy"
+    assert kind(models="{a: $reward}, checkpoints: 2") == "reward adapter"
+
+
+def test_averages_are_checked_like_other_stages():
+    found = only(BASE + MORE)
+    assert "leaves an adapter" in found
+    assert "`adapter_name_or_path: $mean` and `model_name_or_path: org/base`" in found
+    load(BASE + MORE.replace("$other}", "$other}, method: merge"))
+    mixed = MORE.partition("  user")[0].replace("{a: $twin,", "{a: $sft,")
+    assert "is of the kind adapter, and the first model of the kind policy" in only(BASE + mixed)
+    samples = MORE.partition("  user")[0].replace("{a: $twin,", "{a: $pairs,")
+    assert "holds samples" in str(problems(BASE + samples)[0])

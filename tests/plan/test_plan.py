@@ -129,6 +129,46 @@ def test_the_base_flows_through_a_pipeline():
     assert made.seconds == pytest.approx(sum(stage.seconds for stage in made.stages))
 
 
+def test_rounds_are_planned_stage_by_stage():
+    """Rows of kept rounds add up, prompts are shared out, an average costs no GPU time."""
+    made = make_plan("llama3.1-8b/rounds")
+    by_name = {stage.name: stage for stage in made.stages}
+    assert [by_name[f"preferences@{n}"].rows for n in (1, 6)] == [5000, 5000]
+    kept = 61_135  # UltraFeedback's pairs, and those of the rounds so far; 2 % are held out
+    rows = [by_name[f"reward@{n}"].rows for n in (1, 2, 6)]
+    assert rows == [
+        count - round(0.02 * count) for count in (kept + 5000, kept + 10000, kept + 30000)
+    ]
+    assert {by_name[f"dpo@{n}"].rows for n in range(1, 7)} == {5000}
+    mean = by_name["mean@1"]
+    assert (mean.memory, mean.seconds) == (None, 0.0)
+    assert mean.disk["artifact"] == 2 * 8_030_261_248
+    assert any("about 60 GiB of the machine's own memory" in note for note in mean.notes)
+    assert made.seconds is not None
+
+
+def test_averaged_adapters_have_all_their_ranks():
+    text = """
+output_dir: runs/a
+stages:
+  one: {stage: sft, model: {model_name_or_path: llama-3.1-8b}, data: {dataset_name: openai/gsm8k}}
+  two: {stage: sft, model: {model_name_or_path: llama-3.1-8b}, data: {dataset_name: openai/gsm8k}}
+  mean: {stage: average, models: {one: $one, two: $two}}
+  cut: {stage: average, models: {one: $one, two: $two}, method: svd}
+"""
+    Path("mean.yaml").write_text(text)
+    by_name = {stage.name: stage for stage in make_plan("mean.yaml").stages}
+    one = by_name["one"].trainable
+    assert (by_name["mean"].trainable, by_name["cut"].trainable) == (2 * one, one)
+
+
+def test_a_reward_model_with_weights_of_its_own_counts():
+    made = make_plan("llama3.1-70b/pipeline", with_stages=("ppo",))
+    alone, _ = stage_of("llama3.1-70b/ppo")
+    ppo = next(stage for stage in made.stages if stage.name == "ppo")
+    assert 14e9 < ppo.memory.total - alone.memory.total < 18e9  # 8B in 16 bits
+
+
 def test_a_stage_recipe_finds_the_base_in_the_recipe_that_writes_its_model():
     stage, _ = stage_of("llama3-8b/dpo")
     assert stage.shape.parameters == 8_030_261_248

@@ -1,0 +1,1 @@
+"""Averages of models: members and their checks, factors of adapters, full weights."""
