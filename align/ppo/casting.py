@@ -166,9 +166,7 @@ def _local(path: str) -> Path:
     return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
 
 
-def _with_full_weights(
-    config: PPOConfig, policy: Any, tokenizer: PreTrainedTokenizerBase
-) -> Roles:
+def _with_full_weights(config: PPOConfig, policy: Any, tokenizer: PreTrainedTokenizerBase) -> Roles:
     reference = deepcopy(policy).requires_grad_(False)
     value, head = None, None
     if config.value_model == "adapter":

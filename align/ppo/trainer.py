@@ -301,6 +301,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         for layer in self._recomputed:  # the flag of the layer alone wakes no dropout inside
             layer.training = True
         flat = forward.batch([e.episodes[place] for place in places], roles.device)
+        known = self.collector.kept.pop(tuple(places), None)
         rows = torch.tensor(places)
         inside = e.mask[rows].bool()
 
@@ -315,7 +316,9 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             if moves or roles.value_on_policy:
                 with roles.playing("policy") as model:
                     with self.compute_loss_context_manager():
-                        logprobs, _, states = forward.completions(model, flat, entropy=False)
+                        logprobs, _, states = forward.completions(
+                            model, flat, entropy=False, known=known
+                        )
                         loss = torch.zeros((), device=roles.device)
                         if moves:
                             loss = loss + self._policy_part(logprobs, of, tokens)
