@@ -194,8 +194,10 @@ class _Tiles:
         self.chosen = hidden.new_zeros((count, 1), dtype=torch.float32)
         self.top = hidden.new_full((count, 1), -math.inf, dtype=torch.float32)
         self.mass = torch.zeros_like(self.top)  # sum of exp(z - top)
-        self.weighted = torch.zeros_like(self.top) if entropy else None  # and of that times z - top
         self.mean = hidden.new_zeros(hidden.shape, dtype=torch.float32) if mean else None
+        # The mean row gives sum p z as well, exactly enough where it is not rounded to fewer bits.
+        own = entropy and not (mean and hidden.dtype is torch.float32)
+        self.weighted = torch.zeros_like(self.top) if own else None  # and of that times z - top
 
     def add(self, columns: Tensor) -> None:
         """Take in some rows of the head, shape [c, d]."""
@@ -243,8 +245,10 @@ class _Tiles:
 
     def entropy(self) -> Tensor:
         """In nats, [n]."""
-        assert self.weighted is not None
-        return (self.mass.log() - self.weighted / self.mass).squeeze(1)
+        if self.weighted is not None:
+            return (self.mass.log() - self.weighted / self.mass).squeeze(1)
+        mean_score = torch.linalg.vecdot(self.hidden, self.mean_row()) / self.temperature
+        return (self.mass.log() + self.top).squeeze(1) - mean_score
 
     def mean_row(self) -> Tensor:
         """The head's rows weighted by their probabilities, [n, d]."""
