@@ -32,18 +32,30 @@ def merge(
     max_kl: Annotated[
         float, typer.Option("--max-kl", help="Highest mean KL to the adapter, nats per token.")
     ] = 1e-3,
+    onto: Annotated[
+        str, typer.Option(help="QLoRA: `trained` (dequantized base) or `original` weights.")
+    ] = "trained",
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base, and prove that the result answers as it did."""
     from typing import get_args
 
     _make_ready()
-    from align.models.merging import Dtype, merge
+    from align.models.merging import Dtype, Onto, merge
     from align.views import print_merge
 
-    if dtype not in get_args(Dtype):
-        fail(f"no such type: {dtype}", where="--dtype", hint=f"one of {', '.join(get_args(Dtype))}")
-    report = merge(source, output, dtype=dtype, data=data, split=split, max_kl=max_kl)  # type: ignore[arg-type]
+    for key, value, known in (("dtype", dtype, Dtype), ("onto", onto, Onto)):
+        if value not in get_args(known):
+            fail(f"is none: {value}", where=f"--{key}", hint=f"one of {', '.join(get_args(known))}")
+    report = merge(
+        source,
+        output,
+        dtype=dtype,  # type: ignore[arg-type]
+        data=data,
+        split=split,
+        max_kl=max_kl,
+        onto=onto,  # type: ignore[arg-type]
+    )
     if as_json:
         print_json(report)
     else:

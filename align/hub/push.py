@@ -209,7 +209,8 @@ def _merged(run: RunFacts) -> Path:
     folder = run.folder / ".push" / "merged"
     weights = run.artifact / "adapter_model.safetensors"
     kept = read_json(folder / REPORT) or {}
-    if kept.get("adapter_sha256") == file_sha256(weights) and kept.get("dtype") == MERGED_DTYPE:
+    same = kept.get("adapter_sha256") == file_sha256(weights) and "merged_into" in kept
+    if same and kept.get("dtype") == MERGED_DTYPE:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     say("merging the adapter into its base")
