@@ -77,7 +77,8 @@ class Forward:
         if self.own_logits or head.weight.requires_grad:
             return None
         rows = self.hidden(model, flat)[flat.rows]
-        return head_pass(rows, head.weight, flat.targets, temperature=self.temperature)
+        found: HeadPass = head_pass(rows, head.weight, flat.targets, temperature=self.temperature)
+        return found
 
     def _by_logits(self, model: Any, flat: Flat) -> tuple[Tensor, Tensor, Tensor]:
         mask, ids, positions = in_rows(flat)
@@ -106,7 +107,8 @@ class Forward:
         device = next(model.parameters()).device
         flat = self.batch(episodes, device)
         wanted = self._by_logits(model, flat)[0]
-        dtype = unwrapped(model).dtype
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else unwrapped(model).dtype
         allowed = TOLERANCE.get(dtype, 1e-3)
         ways = [(False, False)] if not self.padded else []
         ways = [*ways, (True, False), (True, True)]

@@ -148,7 +148,7 @@ def test_a_nan_in_the_adapter_is_refused(llama, rows, tmp_path):
 
 
 def test_an_adapter_of_a_quantized_base_is_merged_into_the_full_weights(llama, rows, tmp_path):
-    """The run's recipe says 4 bits: on demand the report says how far the weights before quantization are from those."""
+    """The recipe says 4 bits: on demand it goes onto the weights before that, and the report says how far they are."""
     config = AutoConfig.from_pretrained(llama)
     config.update({"hidden_size": 64, "head_dim": 16, "intermediate_size": 128})  # 4 bits: by 64
     AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "base")

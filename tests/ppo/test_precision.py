@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import yaml
-from ppo_runs import figures, make_trainer, ppo_config, trained, weights
+from ppo_runs import figures, make_trainer, ppo_config, same, trained, weights
 
 from align.config.load import load_stage
 from align.errors import AlignError
@@ -69,6 +69,39 @@ def test_autocast_learns_what_float32_learns(llama, tmp_path):
         folder = trained(config).folder.path
         found.append([figures(folder, key)[0] for key in ("loss/value_avg", "grad_norm/value")])
     assert found[1] == pytest.approx(found[0], rel=0.05)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("value_model", ["adapter", "policy"])
+def test_the_kept_pass_of_the_first_minibatch_changes_no_bit(llama, tmp_path, bf16, value_model):
+    """The first update takes the head's pass from looking at the rollout; a run without it ends the same."""
+    ends, taken = [], []
+    for keep in (True, False):
+        config = ppo_config(
+            llama,
+            tmp_path,
+            output_dir=str(tmp_path / f"run-{keep}"),
+            value_model=value_model,
+            num_ppo_epochs=2,
+            trainer={"bf16": bf16, "max_steps": 8},
+        )
+        trainer = make_trainer(config)
+        forward = trainer.collector.forward
+        completions = forward.completions
+
+        def spied(model, flat, *, entropy=True, known=None, keep=keep, completions=completions):
+            found = completions(model, flat, entropy=entropy, known=known if keep else None)
+            if known is not None:
+                taken.append(known.again(found[2]) is not None)
+            return found
+
+        forward.completions = spied
+        fit(trainer, trainer.folder)
+        assert not trainer.collector.kept
+        ends.append(weights(trainer))
+    # Two rollouts, the first minibatch of which has two micro-batches; both runs.
+    assert taken == [True] * 8
+    assert same(*ends)
 
 
 @pytest.mark.parametrize(
