@@ -241,9 +241,9 @@ def _ppo(config: Any) -> Iterator[Trouble]:
         places.append(("trainer", "extra", "fp16"))
     if config.model.dtype == "float16":
         places.append(("model", "dtype"))
-    for place in places:
+    for key_path in places:
         message = "trains in float16, in which PPO's small gradients vanish: it scales no loss"
-        yield Trouble(place, message, "use bfloat16 (`trainer.bf16`, `model.dtype`) or float32")
+        yield Trouble(key_path, message, "use bfloat16 (`trainer.bf16`, `model.dtype`) or float32")
     per_rollout = (
         config.trainer.per_device_train_batch_size
         * config.trainer.gradient_accumulation_steps
