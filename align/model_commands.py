@@ -43,15 +43,27 @@ def merge(
     max_kl: Annotated[
         float, typer.Option("--max-kl", help="Highest mean KL to the adapter, nats per token.")
     ] = 1e-3,
+    onto: Annotated[
+        str, typer.Option(help="QLoRA: `trained` (dequantized base) or `original` weights.")
+    ] = "trained",
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base, and prove that the result answers as it did."""
     _make_ready()
-    from align.models.merging import Dtype, merge
+    from align.models.merging import Dtype, Onto, merge
     from align.views import print_merge
 
     _check_choice("--dtype", dtype, Dtype)
-    report = merge(source, output, dtype=dtype, data=data, split=split, max_kl=max_kl)  # type: ignore[arg-type]
+    _check_choice("--onto", onto, Onto)
+    report = merge(
+        source,
+        output,
+        dtype=dtype,  # type: ignore[arg-type]
+        data=data,
+        split=split,
+        max_kl=max_kl,
+        onto=onto,  # type: ignore[arg-type]
+    )
     if as_json:
         print_json(report)
     else:

@@ -85,9 +85,10 @@ def print_merge(output: str, report: Mapping[str, Any]) -> None:
         results=True,
     )
     if quantized := report["trained_quantized"]:
+        cost = "" if report["merged_into"] == "dequantized" else ": what 4 or 8 bits had cost"
         say(
             f"  KL to the quantized model it was trained as {quantized['kl_mean']:.2e}, same best "
-            f"token in {quantized['greedy_agreement']:.2%}: what 4 or 8 bits had cost",
+            f"token in {quantized['greedy_agreement']:.2%}{cost}",
             results=True,
         )
 

@@ -261,6 +261,14 @@ def _ppo(config: Any) -> Iterator[Trouble]:
     if config.trainer.eval_strategy != "no":
         message = "evaluates nothing in PPO, whose log shows every rollout"
         yield Trouble(("trainer", "eval_strategy"), message, "leave it out and use `align eval`")
+    places: list[KeyPath] = []
+    if config.trainer.extra.get("fp16"):
+        places.append(("trainer", "extra", "fp16"))
+    if config.model.dtype == "float16":
+        places.append(("model", "dtype"))
+    for key_path in places:
+        message = "trains in float16, in which PPO's small gradients vanish: it scales no loss"
+        yield Trouble(key_path, message, "use bfloat16 (`trainer.bf16`, `model.dtype`) or float32")
     per_rollout = (
         config.trainer.per_device_train_batch_size
         * config.trainer.gradient_accumulation_steps

@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from align.errors import fail
 from align.generation.draws import Decoding, choose, refuse_nan, uniforms
+from align.generation.heads import decoding_head
 from align.generation.slots import Finished, Request, SlotBatch
 
 
@@ -82,7 +83,7 @@ def sample_completions(
     row_of = {place: row for row, place in enumerate(places)}
     found: list[list[Any]] = [[None] * drawn for _ in prompts]
     written = 0
-    with inference(model):
+    with inference(model), decoding_head(unwrapped(model)):
         writer = _in_slots if has_attention_caches(model) else _with_generate
         texts = writer(model, requests, decoding, batch_size=batch_size, pad_id=pad_id, seed=seed)
         for count, one in enumerate(texts, start=1):

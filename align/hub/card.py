@@ -231,7 +231,7 @@ def _merge(report: Mapping[str, Any] | None) -> list[str]:
     return [
         "## Merged weights",
         "",
-        f"The adapter was merged in {report['merged_in']} into the unquantized base and saved in "
+        f"The adapter was merged in {report['merged_in']} into the {report['merged_into']} base and saved in "
         f"{report['dtype']}. Against the adapter, on {text['tokens']:,} tokens of {text['texts']} "
         f"texts ({text['rows']}): KL {report['kl_mean']:.2e} nats per token (99% "
         f"{report['kl_p99']:.2e}, largest {report['kl_max']:.2e}), the same most likely token in "

@@ -233,7 +233,8 @@ def _merged(run: RunFacts, dtype: "Dtype") -> Path:
     folder = run.folder / ".push" / "merged"
     weights = run.artifact / "adapter_model.safetensors"
     kept = read_json(folder / REPORT) or {}
-    if kept.get("adapter_sha256") == file_sha256(weights) and kept.get("dtype") == dtype:
+    same = kept.get("adapter_sha256") == file_sha256(weights) and "merged_into" in kept
+    if same and kept.get("dtype") == dtype:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     say("merging the adapter into its base")

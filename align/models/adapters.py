@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import (
     convert_peft_config_for_transformers,
     get_model_conversion_mapping,
@@ -93,7 +94,8 @@ def copy_reference(model: PreTrainedModel | PeftModel) -> None:
     """Finish TRL's frozen copy `ref` of a continued adapter.
 
     TRL copies weights with `.default.` in their names; those that end in `.default` (trained token
-    rows, adapters of embeddings) would keep what they had at their start.
+    rows, adapters of embeddings) would keep what they had at their start. On a quantized base TRL casts the trained
+    adapter alone to bfloat16, and a reference in float32 would round otherwise than the policy.
     """
     if not isinstance(model, PeftModel) or "ref" not in model.peft_config:
         return
@@ -101,6 +103,23 @@ def copy_reference(model: PreTrainedModel | PeftModel) -> None:
         if name.endswith(".default"):
             with torch.no_grad():
                 model.get_parameter(name.removesuffix("default") + "ref").copy_(weight)
+    types = {name: weight.dtype for name, weight in model.named_parameters()}
+    for name, weight in model.named_parameters():
+        own = types.get(name.replace(".ref.", ".default."))
+        if ".ref." in name and own is not None:
+            weight.data = weight.data.to(own)
+
+
+def restore_saved_types(model: PeftModel) -> None:
+    """Give modules that are trained whole (a score head, embeddings) the type of the module they stand for.
+
+    TRL casts all that is trained over a quantized base to bfloat16; a head in bfloat16 cannot read hidden states in
+    float32.
+    """
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            own = next(module.original_module.parameters()).dtype
+            module.modules_to_save.to(own)
 
 
 def expose_trained_head(model: PreTrainedModel | PeftModel) -> None:

@@ -160,6 +160,19 @@ def load_policy(model: ModelSection, *, trained: bool = False, train_base: bool 
     return _attach(base, adapter, model.model_name_or_path, trainable=False).merge_and_unload()
 
 
+def load_dequantized_policy(model: ModelSection) -> PeftModel:
+    """An adapter on the numbers that its quantized base stood for, in float32.
+
+    These are what the adapter was trained on; on the weights before quantization it would be another model. The base
+    is loaded for it: after a forward pass on a CPU, bitsandbytes holds 4-bit weights in an order of their own.
+    """
+    assert model.adapter_name_or_path is not None
+    plain = model.model_copy(update={"adapter_name_or_path": None})
+    base: Any = load_policy(plain)
+    base = base.dequantize(dtype=torch.float32).float()
+    return _attach(base, model.adapter_name_or_path, model.model_name_or_path, trainable=False)
+
+
 def check_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer with ids beyond the embedding: on a GPU these end in a device-side assert."""
     rows = model.get_input_embeddings().weight.shape[0]

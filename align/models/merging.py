@@ -26,7 +26,14 @@ from align.errors import AlignError, fail
 from align.lineage import MODEL_FILES, file_digests, file_sha256, folder_digest, folder_files
 from align.locks import locked
 from align.models.identity import Artifact, base_weights_digest, look_at, require_adapter
-from align.models.loading import DTYPES, Model, check_vocabulary, inference_device, load_policy
+from align.models.loading import (
+    DTYPES,
+    Model,
+    check_vocabulary,
+    inference_device,
+    load_dequantized_policy,
+    load_policy,
+)
 from align.models.source import artifact_of
 from align.models.tokenizer import end_of_turn_ids, load_tokenizer
 from align.stopping import stoppable
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
     from align.data.token_rows import Kind
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Onto = Literal["trained", "original"]
 
 REPORT = "merge_report.json"
 MAX_KL = 1e-3
@@ -64,6 +72,7 @@ def merge(
     data: str | None = None,
     split: str = "train",
     max_kl: float = MAX_KL,
+    onto: Onto = "trained",
 ) -> dict[str, Any]:
     """Write the full model that an adapter makes of its base, and prove that it is that model.
 
@@ -74,6 +83,8 @@ def merge(
         data: file, folder, card or Hub id of text for the proof; the run's own rows when unset.
         split: split of `data`.
         max_kl: highest mean KL(adapter || merged) in nats per token that is accepted.
+        onto: for a run that trained on 4 or 8 bits: `trained` merges into what these bits stand for, so that the
+            merged model is the trained one; `original` into the weights before quantization.
 
     Returns:
         The content of `merge_report.json`.
@@ -93,7 +104,7 @@ def merge(
         shutil.rmtree(partial, ignore_errors=True)  # what a killed merge left
         try:
             partial.mkdir(parents=True)
-            report = _merge_into(partial, source, dtype, data, split, max_kl)
+            report = _merge_into(partial, source, dtype, data, split, max_kl, onto)
             sync_tree(partial)
             if output.exists():
                 output.rmdir()
@@ -104,16 +115,28 @@ def merge(
 
 
 def _merge_into(
-    folder: Path, source: str, dtype: Dtype, data: str | None, split: str, max_kl: float
+    folder: Path,
+    source: str,
+    dtype: Dtype,
+    data: str | None,
+    split: str,
+    max_kl: float,
+    onto: Onto,
 ) -> dict[str, Any]:
     path, recipe = artifact_of(source)
     adapter = require_adapter(path, key="merge")
     section = _unquantized(adapter)
     tokenizer = load_tokenizer(section)
     texts = _texts(recipe, data, split, tokenizer)
-    trained = _trained_quantized(recipe, section, texts)
+    quantized = _trained_section(recipe, section)
+    # A model of its own: a forward pass on a CPU changes how bitsandbytes holds 4-bit weights.
+    trained = None if quantized is None else logits_of(load_policy(quantized), texts.ids)
+    dequantized = quantized is not None and onto == "trained"
     with _float32_sums():
-        model = load_policy(section)
+        if quantized is not None and dequantized:
+            model: Any = load_dequantized_policy(quantized)
+        else:
+            model = load_policy(section)
         assert isinstance(model, PeftModel)
         check_vocabulary(model, tokenizer)
         model = _placed(model)
@@ -125,27 +148,44 @@ def _merge_into(
             torch.cuda.empty_cache()
         after = _saved_logits(folder, texts.ids)
     proof = compare(before, after)
+    of_trained = None if trained is None else compare(trained, after)
     report = {
         "adapter_sha256": _adapter_digest(path),
         "base": _base_facts(section),
         "merged_in": "float32",
+        "merged_into": "dequantized" if dequantized else "unquantized",
         "dtype": dtype,
         "text": texts.facts,
         **proof,
         "max_kl": max_kl,
-        "trained_quantized": compare(trained, after) if trained else None,
+        "trained_quantized": of_trained,
         "versions": {name: library_version(name) for name in ("torch", "transformers", "peft")},
         "files": file_digests(folder),
     }
-    if not proof["kl_mean"] <= max_kl:
-        fail(
-            f"the merged model differs from the adapter: KL {proof['kl_mean']:.2e} nats per token, "
-            f"above {max_kl:g} (same best token in {proof['greedy_agreement']:.1%})",
-            where=source,
-            hint="save with --dtype float32, or accept it with a higher --max-kl; nothing was kept",
-        )
+    _refuse_above(max_kl, proof, "the adapter", source)
+    if of_trained is not None and dequantized:
+        hint = "save with --dtype float32"
+        if quantized is not None and quantized.load_in_8bit:
+            hint = "8 bits round activations too, which no merged weight can hold: train on 4 bits"
+        _refuse_above(max_kl, of_trained, "the quantized model that was trained", source, hint)
     write_json(folder / REPORT, report)
     return report
+
+
+def _refuse_above(
+    max_kl: float,
+    found: dict[str, float],
+    other: str,
+    source: str,
+    hint: str = "save with --dtype float32",
+) -> None:
+    if not found["kl_mean"] <= max_kl:
+        fail(
+            f"the merged model differs from {other}: KL {found['kl_mean']:.2e} nats per token, "
+            f"above {max_kl:g} (same best token in {found['greedy_agreement']:.1%})",
+            where=source,
+            hint=f"{hint}, or accept it with a higher --max-kl; nothing was kept",
+        )
 
 
 def _unquantized(adapter: Artifact) -> ModelSection:
@@ -301,10 +341,8 @@ def compare(before: Logits, after: Logits) -> dict[str, float]:
     }
 
 
-def _trained_quantized(
-    recipe: dict[str, Any], section: ModelSection, texts: Texts
-) -> Logits | None:
-    """What the adapter answered on the quantized base it was trained on; None for plain LoRA."""
+def _trained_section(recipe: dict[str, Any], section: ModelSection) -> ModelSection | None:
+    """The adapter on the quantized base that it was trained on; None for plain LoRA."""
     kept = recipe.get("model", {})
     if not (kept.get("load_in_4bit") or kept.get("load_in_8bit")):
         return None
@@ -315,7 +353,7 @@ def _trained_quantized(
         "adapter_name_or_path": section.adapter_name_or_path,
         "adapter_mode": "continue",
     }
-    return logits_of(load_policy(trained.model_copy(update=update)), texts.ids)
+    return trained.model_copy(update=update)
 
 
 def _saved_logits(folder: Path, texts: Sequence[Sequence[int]]) -> Logits:

@@ -37,7 +37,7 @@ def cast_roles(
     roles = (
         _with_adapters(config, policy, tokenizer)
         if config.lora.use_peft
-        else _with_full_weights(config, policy)
+        else _with_full_weights(config, policy, tokenizer)
     )
     if config.generation.fold_adapter and roles.unmergeable is not None:
         fail(
@@ -166,27 +166,31 @@ def _local(path: str) -> Path:
     return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
 
 
-def _with_full_weights(config: PPOConfig, policy: Any) -> Roles:
+def _with_full_weights(config: PPOConfig, policy: Any, tokenizer: PreTrainedTokenizerBase) -> Roles:
     reference = deepcopy(policy).requires_grad_(False)
     value, head = None, None
     if config.value_model == "adapter":
-        value, head = _value_model(config, policy)
+        value, head = _value_model(config, policy, tokenizer)
     roles = Roles(policy, reference=reference, value=value)
     if head is not None:
         roles.reward_head = head
     return roles
 
 
-def _value_model(config: PPOConfig, policy: Any) -> tuple[Any, torch.Tensor | None]:
-    """A full model for the value: the reward model's weights if it has the policy's shape, else the policy's."""
+def _value_model(
+    config: PPOConfig, policy: Any, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Any, torch.Tensor | None]:
+    """A full model for the value: the reward model's weights if it has the policy's shape and reads its tokens,
+    else the policy's."""
     path = config.scorer.reward_model
     if config.value_init == "reward" and path is not None:
-        model, _ = load_reward_model(path)
+        model, its_tokenizer = load_reward_model(path)
         if isinstance(model, PeftModel):
             model = model.merge_and_unload()
         score = _head_of(model)
         same = model.config.hidden_size == policy.config.hidden_size
-        if score is not None and same and model.config.vocab_size == policy.config.vocab_size:
+        same = same and model.config.vocab_size == policy.config.vocab_size
+        if score is not None and same and same_tokens(tokenizer, its_tokenizer):
             head = _head(model)
             model.requires_grad_(True)
             score.requires_grad_(False)
@@ -217,6 +221,12 @@ def say_casting(name: str, roles: Roles, config: PPOConfig) -> None:
     """One line: what sits on the shared base, and what has weights of its own."""
     if not roles.adapters:
         say(f"{name}: full fine-tuning; reference and value have weights of their own")
+        wanted = config.scorer.reward_model is not None and config.value_init == "reward"
+        if wanted and not roles.value_on_policy and roles.reward_head is None:
+            say(
+                f"{name}: the reward model has another shape or tokenizer, so the value starts from the policy's "
+                "weights, at zero: critic_warmup_steps helps"
+            )
         return
     on_base = ["policy", "reference"]
     on_base += ["value"] if "value" in roles.adapters else []

@@ -17,7 +17,7 @@ from align.training.flat import (
     in_rows,
     segments_attended,
 )
-from align.training.logprobs import linear_logprobs
+from align.training.logprobs import HeadPass, head_pass, linear_logprobs
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 """How far log-probabilities may lie from the model's own: at most in float32, in the mean in reduced precision."""
@@ -55,17 +55,37 @@ class Forward:
         return hidden_states(model, flat, padded=self.padded)
 
     def completions(
-        self, model: Any, flat: Flat, *, entropy: bool = True
+        self, model: Any, flat: Flat, *, entropy: bool = True, known: HeadPass | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Log-probability and entropy of every completion token, [n], and the states in front of them, [n, d]."""
+        """Log-probability and entropy of every completion token, [n], and the states in front of them, [n, d].
+
+        Args:
+            known: what `first_pass` found for the same batch. Where the states are the very same as then, the head
+                is not needed again; entropies are then None.
+        """
         if self.own_logits:
             return self._by_logits(model, flat)
         rows = self.hidden(model, flat)[flat.rows]
+        logprobs = None if known is None else known.again(rows)
+        if logprobs is not None:
+            return logprobs, None, rows
         head = unwrapped(model).get_output_embeddings()
         logprobs, entropies = linear_logprobs(
             rows, head.weight, flat.targets, temperature=self.temperature, entropy=entropy
         )
         return logprobs, entropies, rows
+
+    def first_pass(self, model: Any, flat: Flat) -> HeadPass | None:
+        """The head over a batch that is learned from before any weight changes, with all that this needs of it.
+
+        None where the head is trained, or where the model's own logits are used.
+        """
+        head = unwrapped(model).get_output_embeddings()
+        if self.own_logits or head.weight.requires_grad:
+            return None
+        rows = self.hidden(model, flat)[flat.rows]
+        found: HeadPass = head_pass(rows, head.weight, flat.targets, temperature=self.temperature)
+        return found
 
     def _by_logits(self, model: Any, flat: Flat) -> tuple[Tensor, Tensor, Tensor]:
         mask, ids, positions = in_rows(flat)
@@ -94,7 +114,8 @@ class Forward:
         device = next(model.parameters()).device
         flat = self.batch(episodes, device)
         wanted = self._by_logits(model, flat)[0]
-        dtype = unwrapped(model).dtype
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else unwrapped(model).dtype
         allowed = TOLERANCE.get(dtype, 1e-3)
         ways = [(False, False)] if not self.padded else []
         ways = [*ways, (True, False), (True, True)]

@@ -21,7 +21,8 @@ from align.ppo.roles import Roles
 from align.ppo.scoring import Scorer
 from align.report.terminal import say
 from align.stages.ppo import PPOConfig
-from align.training.flat import can_flatten
+from align.training.flat import Flat, can_flatten
+from align.training.logprobs import HeadPass
 
 Item = TypeVar("Item")
 
@@ -144,6 +145,9 @@ class Collector:
         self.settled = False
         self.generate_seconds = 0.0
         self.reward_mean, self.reward_deviation = 0.0, 1.0
+        self.kept: dict[tuple[int, ...], HeadPass] = {}
+        """Passes of the head over the micro-batches of the first minibatch, by their episodes: the first update
+        sees the very same states."""
 
     def plan(self, episodes: Sequence[Episode], number: int, epoch: int) -> Plan:
         """The order of the updates of a rollout in one pass over it."""
@@ -209,7 +213,7 @@ class Collector:
         scores[torch.tensor(order)] = torch.tensor(found)
         if not self.settled:
             self._start(drawn, scores)
-        looks = self._look(drawn, mine, order)
+        looks = self._look(drawn, mine, order, first=len(plan[0][self.rank]))
         experience = Experience(number, drawn, scores=scores, **looks)
         return experience, self.estimate(experience, kl_coef)
 
@@ -275,14 +279,20 @@ class Collector:
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _look(
-        self, episodes: list[Episode], mine: list[list[int]], order: list[int]
+        self, episodes: list[Episode], mine: list[list[int]], order: list[int], *, first: int
     ) -> dict[str, Tensor]:
-        """Log-probabilities, reference, entropy and values of every token, [E, T] each, and the mask."""
+        """Log-probabilities, reference, entropy and values of every token, [E, T] each, and the mask.
+
+        Args:
+            first: micro-batches of the first minibatch.
+        """
+        self.kept.clear()
         names = ("logprobs", "reference", "entropy", "values")
         columns: dict[str, list[Tensor]] = {name: [] for name in names}
-        for micro in mine:
+        for number, micro in enumerate(mine):
             flat = self.forward.batch([episodes[place] for place in micro], self.roles.device)
-            for name, found in zip(names, self._models(flat), strict=True):
+            keep = tuple(micro) if number < first else None
+            for name, found in zip(names, self._models(flat, keep), strict=True):
                 columns[name].append(found.float().cpu())
         lengths = [len(episodes[place].completion_ids) for place in order]
         width = max(lengths)
@@ -293,10 +303,17 @@ class Collector:
         found["mask"] = (torch.arange(width) < torch.tensor(lengths)[back][:, None]).float()
         return found
 
-    def _models(self, flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _models(
+        self, flat: Flat, keep: tuple[int, ...] | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         roles, forward = self.roles, self.forward
         with roles.playing("policy") as model, self.precision():
-            logprobs, entropy, rows = forward.completions(model, flat)
+            known = None if keep is None else forward.first_pass(model, flat)
+            if keep is not None and known is not None:
+                self.kept[keep] = known
+                logprobs, entropy, rows = known.logprobs, known.entropies, known.hidden
+            else:
+                logprobs, entropy, rows = forward.completions(model, flat)
             assert entropy is not None
             values = roles.values(rows) if roles.value_on_policy else None
         with roles.playing("reference") as model, self.precision():

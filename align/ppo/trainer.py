@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer
@@ -22,6 +22,7 @@ from align.ppo.alarms import Alarm, alarms
 from align.ppo.casting import say_casting
 from align.ppo.estimators import adapted_kl_coef, policy_loss, value_loss
 from align.ppo.experience import Experience
+from align.ppo.gradients import sum_over_processes
 from align.ppo.records import LOGGED, write_samples
 from align.ppo.roles import Roles
 from align.ppo.rollout import Collector, Plan
@@ -290,7 +291,8 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
 
     def _allowed(self) -> float:
         weights = next(self.roles.policy.parameters())
-        return EXACT if weights.dtype is torch.float32 and not self.args.bf16 else 0.05
+        full = weights.dtype is torch.float32 and self.accelerator.mixed_precision == "no"
+        return EXACT if full else 0.05
 
     def _learn(self, e: Experience, places: list[int], tokens: int) -> Tensor:
         """Gradients of one micro-batch; every loss is a mean over the tokens of the whole minibatch."""
@@ -299,6 +301,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         for layer in self._recomputed:  # the flag of the layer alone wakes no dropout inside
             layer.training = True
         flat = forward.batch([e.episodes[place] for place in places], roles.device)
+        known = self.collector.kept.pop(tuple(places), None)
         rows = torch.tensor(places)
         inside = e.mask[rows].bool()
 
@@ -313,7 +316,9 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             if moves or roles.value_on_policy:
                 with roles.playing("policy") as model:
                     with self.compute_loss_context_manager():
-                        logprobs, _, states = forward.completions(model, flat, entropy=False)
+                        logprobs, _, states = forward.completions(
+                            model, flat, entropy=False, known=known
+                        )
                         loss = torch.zeros((), device=roles.device)
                         if moves:
                             loss = loss + self._policy_part(logprobs, of, tokens)
@@ -400,13 +405,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         if world_size() == 1:
             return
         trained = [*self.roles.policy_parameters(), *self.roles.value_parameters()]
-        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-        flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
-        distributed.all_reduce(flat)
-        at = 0
-        for gradient in gradients:
-            gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
-            at += gradient.numel()
+        sum_over_processes([weight.grad for weight in trained if weight.grad is not None])
 
     def _summed(self) -> dict[str, float]:
         """The sums of this minibatch over all processes; they begin anew."""

@@ -163,4 +163,11 @@ def dpo_arguments(config: DPOConfig, checkpoints: Path) -> trl.DPOConfig:
 
 def ppo_arguments(config: PPOConfig, checkpoints: Path) -> TrainingArguments:
     """transformers' TrainingArguments; what is PPO's own goes from the config to the trainer."""
-    return build(TrainingArguments, _common(config.trainer, checkpoints), config.trainer.extra)
+    found = build(TrainingArguments, _common(config.trainer, checkpoints), config.trainer.extra)
+    if found.mixed_precision == "fp16":
+        fail(
+            "trains in float16, in which PPO's small gradients vanish: it scales no loss",
+            where="trainer.extra.fp16" if found.fp16 else "launch.accelerate: mixed_precision",
+            hint="use bfloat16 (trainer.bf16) or float32",
+        )
+    return found

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from align.config.sections import ModelSection
-from align.models.adapters import join_adapters, name_base, save_adapter
+from align.models.adapters import join_adapters, name_base, restore_saved_types, save_adapter
 from align.models.identity import write_base_identity
 from align.models.loading import load_policy, silence_routers
 from align.models.quick_lora import quicken
@@ -34,6 +34,8 @@ def fit(trainer: Trainer, folder: RunFolder) -> dict[str, float]:
     """
     if isinstance(trainer.model, PeftModel):
         quicken(trainer.model)
+        if getattr(trainer.model, "is_quantized", False):
+            restore_saved_types(trainer.model)
     callbacks = training_callbacks(folder, trainer)
     for callback in callbacks:
         trainer.add_callback(callback)

@@ -69,7 +69,9 @@ def save_and_verify(
     merged = not isinstance(model, PeftModel) or config.merge_adapter
     loaded, its_tokenizer = load_reward_model(str(artifact), None if merged else config.model)
     after = np.concatenate(score_pairs(RewardScorer(loaded, its_tokenizer), few, VERIFIED_PAIRS))
-    precision = 1e-4 if str(model.dtype) == "torch.float32" else 3e-2
+    # Over a quantized base adapters are bfloat16 and products are rounded, whatever the other weights are.
+    full = str(model.dtype) == "torch.float32" and not getattr(model, "is_quantized", False)
+    precision = 1e-4 if full else 3e-2
     difference = float(np.abs(after - before).max())
     if difference > precision * max(1.0, float(np.abs(before).max())):
         fail(

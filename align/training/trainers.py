@@ -36,7 +36,23 @@ def with_lengths(pairs: Dataset) -> Dataset:
     return pairs.map(length, keep_in_memory=True)
 
 
-class _TokenPairs:
+class _SameTypes:
+    """Weights keep their types when training goes on from a checkpoint.
+
+    TRL trains adapters of a quantized base in bfloat16, and PEFT would read them back as float32, in which the rest
+    of the run would be another one.
+    """
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        model: Model = self.model  # type: ignore[attr-defined]
+        types = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        for name, parameter in model.named_parameters():
+            if parameter.dtype is not types[name]:
+                parameter.data = parameter.data.to(types[name])
+
+
+class _TokenPairs(_SameTypes):
     """Pairs go to the collator as they are, and no card is written beside a checkpoint."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
@@ -102,7 +118,7 @@ class RewardTrainer(_TokenPairs, trl.RewardTrainer):  # type: ignore[misc]
         return self.flat
 
 
-class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
+class SFTTrainer(_SameTypes, trl.SFTTrainer):  # type: ignore[misc]
     """Cross-entropy on `input_ids` and `labels`; TRL itself passes such rows through and packs them."""
 
     def create_model_card(self, *_: Any, **__: Any) -> None:

@@ -129,7 +129,7 @@ def test_a_nan_in_the_adapter_is_refused(llama, rows, tmp_path):
 
 
 def test_an_adapter_of_a_quantized_base_is_merged_into_the_full_weights(llama, rows, tmp_path):
-    """The run's recipe says 4 bits: the report also says how far the merged model is from those."""
+    """The recipe says 4 bits: on demand it goes onto the weights before that, and the report says how far they are."""
     config = AutoConfig.from_pretrained(llama)
     config.update({"hidden_size": 64, "head_dim": 16, "intermediate_size": 128})  # 4 bits: by 64
     AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "base")
@@ -146,7 +146,7 @@ def test_an_adapter_of_a_quantized_base_is_merged_into_the_full_weights(llama, r
         f"model: {{model_name_or_path: {llama}, load_in_4bit: true}}\n"
         f"data: {{dataset_name: {rows}, test_split_size: 5}}\n"
     )
-    report = merge(str(run), tmp_path / "merged")
+    report = merge(str(run), tmp_path / "merged", onto="original")
     assert report["kl_mean"] < 1e-3
     assert report["text"]["rows"] == "held out"
     assert report["text"]["texts"] == 5

@@ -1,5 +1,6 @@
 """A full reward model under the value's adapter: the reward without it, the value with it; its weights stay."""
 
+import json
 import shutil
 
 import pytest
@@ -219,3 +220,37 @@ def test_the_casting_is_said(config, capsys):
     say_casting("ppo", cast(settings), settings)
     printed = " ".join("".join(capsys.readouterr()).split())
     assert "one base for policy, reference; another for reward and value" in printed
+
+
+# --- full fine-tuning ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("its_tokens", ["the policy's", "others", "another template"])
+def test_a_full_value_starts_from_a_reward_model_of_its_own_tokens_alone(
+    config, reward_model, tmp_path, capsys, its_tokens
+):
+    """Weights of the right shape mean nothing where the ids stand for other tokens."""
+    folder = shutil.copytree(reward_model, tmp_path / "reward")
+    if its_tokens == "others":
+        file = folder / "tokenizer.json"
+        swapped = json.loads(file.read_text())
+        vocabulary = swapped["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        file.write_text(json.dumps(swapped))
+    if its_tokens == "another template":
+        (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    settings = config(
+        scorer={"reward_model": str(folder), "reward_funcs": {}}, lora={"use_peft": False}
+    )
+    roles = cast(settings)
+    say_casting("ppo", roles, settings)
+    said = " ".join(capsys.readouterr().err.split())
+    layers = roles.value.config.num_hidden_layers
+    if its_tokens == "the policy's":
+        assert roles.reward_head is not None
+        assert layers == 3
+        assert "tokenizer" not in said
+    else:
+        assert roles.reward_head is None
+        assert layers == roles.policy.config.num_hidden_layers == 2
+        assert "another shape or tokenizer" in said

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from align.training import logprobs
-from align.training.logprobs import linear_logprobs
+from align.training.logprobs import head_pass, linear_logprobs
 
 TILES = list(itertools.product((1, 3, 512), (1, 7, 13, 8192)))
 
@@ -90,6 +90,30 @@ def test_training_and_looking_give_the_very_same_numbers_with_a_frozen_head():
         looked = linear_logprobs(hidden, weight, targets)[0]
     learned = linear_logprobs(hidden.requires_grad_(), weight, targets)[0]
     assert torch.equal(looked, learned.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_that_is_kept_gives_the_very_numbers_of_a_new_one(tiles, dtype):
+    hidden, weight, targets = inputs(dtype=dtype)
+    kept = head_pass(hidden, weight, targets, temperature=0.7)
+    wanted = gradients(linear_logprobs, hidden, weight, targets, 0.7, head=False)
+    rows = hidden.clone().requires_grad_()
+    found = kept.again(rows)
+    assert torch.equal(found.detach(), wanted[0])
+    (found * torch.arange(1.0, len(found) + 1)).sum().backward()
+    assert torch.equal(rows.grad, wanted[2])
+    assert_close(kept.entropies, wanted[1], rtol=1e-5, atol=2e-5)
+
+
+def test_a_pass_over_other_rows_is_not_taken():
+    hidden, weight, targets = inputs()
+    kept = head_pass(hidden, weight, targets)
+    other = hidden.clone()
+    other[3, 2] += 1e-6
+    assert kept.again(other) is None
+    assert kept.again(hidden[:-1]) is None
+    assert kept.again(hidden.bfloat16()) is None
+    assert kept.again(hidden) is not None
 
 
 def test_a_gradient_can_be_checked_numerically():
