@@ -24,13 +24,13 @@ from align.errors import fail
 from align.generation.answers import stop_ids
 from align.hub.facts import is_local
 from align.hub.ollama import find_pieces, modelfile
-from align.hub.portable import make_portable
 from align.lineage import file_digests, folder_files
 from align.locks import locked
 from align.models.adapters import name_base
 from align.models.identity import IDENTITY_FILE, Artifact, look_at
 from align.models.loading import check_vocabulary, load_policy, policy_section
 from align.models.merging import MAX_KL, REPORT, SHARD, Dtype, merge
+from align.models.portable import make_portable
 from align.models.source import Source, find_model
 from align.models.tokenizer import end_of_turn_ids, load_tokenizer
 from align.stopping import stoppable

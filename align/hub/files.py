@@ -17,6 +17,7 @@ from align.durable import read_json
 from align.errors import AlignError, Problem, fail
 from align.hub.facts import RunFacts, is_local
 from align.models.identity import IDENTITY_FILE, check_base
+from align.models.portable import PORTABLE
 from align.secrets import holds_secret
 
 WEIGHTS = re.compile(r"(?:adapter_)?model(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index\.json)?")
@@ -166,6 +167,8 @@ def _without_paths(file: Path, base: Base | None) -> Any:
     config = json.loads(file.read_text(encoding="utf-8"))
     for key in PATH_KEYS:
         config.pop(key, None)
+    if file.name in PORTABLE:
+        config = PORTABLE[file.name](config)
     if file.name == "adapter_config.json":
         assert base is not None
         config |= {"base_model_name_or_path": base.id, "revision": base.revision}

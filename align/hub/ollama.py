@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from align.errors import fail
-from align.hub.portable import PROBES
+from align.models.portable import PROBES
 from align.models.tokenizer import render_text
 
 SYSTEM, USER, ANSWER, AGAIN = "S1S", "U1U", "A1A", "U2U"

@@ -34,6 +34,7 @@ from align.models.loading import (
     load_dequantized_policy,
     load_policy,
 )
+from align.models.portable import PORTABLE
 from align.models.source import artifact_of
 from align.models.tokenizer import end_of_turn_ids, load_tokenizer
 from align.stopping import stoppable
@@ -391,9 +392,9 @@ def _save(
     merged.generation_config = generation
     merged.save_pretrained(folder, safe_serialization=True, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.pop("_name_or_path", None) is not None:  # a path of this machine
-        write_json(folder / "config.json", config, flush=False)
+    for name, change in PORTABLE.items():
+        config = json.loads((folder / name).read_text(encoding="utf-8"))
+        write_json(folder / name, change(config), flush=False)
     for file in folder_files(folder):
         file.chmod(0o644)
 

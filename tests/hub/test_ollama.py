@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from align.errors import AlignError
 from align.hub.ollama import find_pieces, go_template, modelfile
-from align.hub.portable import without_markers
+from align.models.portable import without_markers
 from align.models.tokenizer import render_text, shipped_template
 
 CHATML = (

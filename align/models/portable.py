@@ -8,14 +8,15 @@ written, and transformers 5 reads the same model from them.
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from align.durable import write_json, write_text
 from align.errors import fail
-from align.models.tokenizer import render_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 GENERATION = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
 """The markers of answers in a chat template: for training, and unknown to llama.cpp."""
@@ -36,12 +37,14 @@ PROBES: tuple[list[dict[str, str]], ...] = (
 """Chats that a template is compared on."""
 
 
-def make_portable(folder: Path) -> PreTrainedTokenizerBase:
+def make_portable(folder: Path) -> "PreTrainedTokenizerBase":
     """Write the configs of a saved model or adapter for every reader; returns the tokenizer read back.
 
     Raises:
         AlignError: the tokenizer or its chats come out differently than before.
     """
+    from transformers import AutoTokenizer
+
     before = AutoTokenizer.from_pretrained(folder)
     if (folder / "config.json").is_file():  # an adapter has none
         _edit(folder / "config.json", portable_config)
@@ -55,7 +58,7 @@ def make_portable(folder: Path) -> PreTrainedTokenizerBase:
             portable_tokenizer(config) | ({"chat_template": template} if template else {})
         ),
     )
-    after: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    after: "PreTrainedTokenizerBase" = AutoTokenizer.from_pretrained(folder)
     _check_same(before, after, folder)
     return after
 
@@ -89,14 +92,23 @@ def portable_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
+PORTABLE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "config.json": portable_config,
+    "tokenizer_config.json": portable_tokenizer,
+}
+"""File -> what makes it readable to others."""
+
+
 def without_markers(template: str) -> str:
     """A chat template without `{% generation %}`; comments in its place strip the same white space."""
     return GENERATION.sub(r"{#\1 \2#}", template)
 
 
 def _check_same(
-    before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase, folder: Path
+    before: "PreTrainedTokenizerBase", after: "PreTrainedTokenizerBase", folder: Path
 ) -> None:
+    from align.models.tokenizer import render_text
+
     text = "A text, \n\n <|eot_id|> 12345 and  more."
     same = before(text)["input_ids"] == after(text)["input_ids"]
     same &= before.get_vocab() == after.get_vocab()
