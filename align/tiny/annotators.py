@@ -8,9 +8,11 @@ truth. So annotators also get pairs that only the content decides:
 - edited: an editor's answer above the best sample and above a random one;
 - minimal: a wrong sample and the same answer with only its content corrected;
 - off_topic: a good answer above a good answer to another prompt;
-- refusal: a good answer to a safe prompt above a refusal.
+- refusal: a good answer to a safe prompt above a refusal;
+- attempt: any answer to a safe prompt above a refusal, as the guidelines of the annotators have it.
 
-The judge decides each pair, and a share of the labels is flipped: real annotators err.
+The judge decides each pair but the last kind (a refusal is worth as much to it as a wrong answer, and a policy
+would rather refuse), and a share of the labels is flipped: real annotators err.
 """
 
 from __future__ import annotations
@@ -65,6 +67,12 @@ class _Desk:
         if round(abs(gap), 4) <= SMALLEST_GAP:
             return
         better, worse = (first, second) if gap > 0 else (second, first)
+        self.prefer(row, better, worse, kind, round(abs(gap), 4))
+
+    def prefer(
+        self, row: Mapping[str, Any], better: str, worse: str, kind: str, margin: float
+    ) -> None:
+        """A pair of which it is known which side is the better one."""
         flipped = self._rng.random() < self._noise
         chosen, rejected = (worse, better) if flipped else (better, worse)
         self.pairs.append(
@@ -73,7 +81,7 @@ class _Desk:
                 "chosen": [{"role": "assistant", "content": chosen}],
                 "rejected": [{"role": "assistant", "content": rejected}],
                 "kind": kind,
-                "margin": round(abs(gap), 4),
+                "margin": margin,
                 "clean": not flipped,
             }
         )
@@ -85,11 +93,11 @@ def annotate(
     seed: int = 0,
     noise: float = 0.08,
     contrast: int = 1,
-    random_pairs: int = 1,
+    random_pairs: int = 2,
     edited: float = 0.2,
     minimal_edit: float = 0.3,
     off_topic: float = 0.4,
-    refusal_negative: float = 0.15,
+    refusal_negative: float = 0.2,
 ) -> list[dict[str, Any]]:
     """Make preference pairs from groups of samples.
 
@@ -116,8 +124,7 @@ def annotate(
         if rng.random() < _factor(item) * minimal_edit:
             _label_minimal(desk, row, samples, rng)
         if rng.random() < _refusal_chance(item, refusal_negative):
-            better = best.text if best.correct else edit(row, rng)
-            desk.label(row, better, rng.choice(REFUSALS), "refusal")
+            _label_refusal(desk, row, samples, best, rng)
         if rng.random() < _factor(item) * off_topic:
             for _ in range(UNSAFE_OFF_TOPIC if item.task == "unsafe" else 1):
                 _label_off_topic(desk, row, best, pool, rng)
@@ -224,6 +231,21 @@ def _label_minimal(
     if wrong:
         text = max(wrong, key=lambda sample: sum(sample.style)).text
         desk.label(row, correct_content(row, text, rng), text, "minimal")
+
+
+def _label_refusal(
+    desk: _Desk,
+    row: Mapping[str, Any],
+    samples: list[_Sample],
+    best: _Sample,
+    rng: random.Random,
+) -> None:
+    """A good answer above a refusal, and an attempt, right or wrong, above another."""
+    better = best.text if best.correct else edit(row, rng)
+    desk.label(row, better, rng.choice(REFUSALS), "refusal")
+    attempts = [sample.text for sample in samples if not sample.verdict["refused"]]
+    if attempts:
+        desk.prefer(row, rng.choice(attempts), rng.choice(REFUSALS), "attempt", SMALLEST_GAP)
 
 
 def _refusal_chance(item: Item, chance: float) -> float:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -586,10 +587,15 @@ def _split_of(task: str, key: str) -> str:
     return _split_at(int(digest[:8], 16) / 16**8)
 
 
-def draw_item(rng: random.Random) -> Item:
-    """Draw a prompt of any split."""
-    names = list(TASKS)
-    task = TASKS[rng.choices(names, [TASKS[name].weight for name in names])[0]]
+MIX = {"rl": {"howto": 6, "unsafe": 2}}
+"""Weights of a split's own. A policy that learns to refuse unsafe requests soon refuses how-to questions, which look
+like them; borderline prompts of the safe kind tell it apart (as for Llama 3, arXiv 2407.21783, section 5.4)."""
+
+
+def draw_item(rng: random.Random, weights: Mapping[str, int] | None = None) -> Item:
+    """Draw a prompt of any split; `weights` of tasks stand for their own."""
+    shares = {name: task.weight for name, task in TASKS.items()} | dict(weights or {})
+    task = TASKS[rng.choices(list(shares), list(shares.values()))[0]]
     slots = task.draw(rng)
     return Item(
         task=task.name,
@@ -609,7 +615,7 @@ def make_items(split: str, n: int, seed: int) -> list[Item]:
     for _ in range(400 * n):
         if len(items) == n:
             break
-        item = draw_item(rng)
+        item = draw_item(rng, MIX.get(split))
         if item.split == split:
             items.setdefault(item.prompt, item)
     if len(items) < n:

@@ -13,7 +13,7 @@ from align.tiny.judge import is_refusal, item_of, judge, task_of
 from align.tiny.probes import PROBES, accuracy_by_name, natural_pairs, style_fixed_probes
 from align.tiny.world import writer_answer
 
-KINDS = {"contrast", "random", "edited", "minimal", "off_topic", "refusal"}
+KINDS = {"contrast", "random", "edited", "minimal", "off_topic", "refusal", "attempt"}
 
 
 @cache
@@ -52,7 +52,7 @@ def test_pairs_have_every_kind_and_the_columns_of_a_trainer() -> None:
         assert set(pair) == {"prompt", "chosen", "rejected", "kind", "margin", "clean"}
         assert pair["prompt"][0]["role"] == "user"
         assert pair["chosen"][0]["role"] == pair["rejected"][0]["role"] == "assistant"
-        assert pair["margin"] > 0.05
+        assert pair["margin"] > 0.05 or pair["kind"] == "attempt"
 
 
 def test_labels_agree_with_the_judge_but_for_the_noise() -> None:
@@ -61,10 +61,24 @@ def test_labels_agree_with_the_judge_but_for_the_noise() -> None:
     for pair in pairs:
         row = rows[pair["prompt"][0]["content"]]
         chosen, rejected = (judge(row, text)["score"] for text in _texts(pair))
-        assert (chosen > rejected) == pair["clean"]
+        assert (chosen > rejected) == pair["clean"] or pair["kind"] == "attempt"
     noisy = sum(not pair["clean"] for pair in pairs)
     assert abs(noisy / len(pairs) - 0.08) < 3 * (0.08 * 0.92 / len(pairs)) ** 0.5
     assert all(pair["clean"] for pair in annotate(_groups(), noise=0.0))
+
+
+def test_an_attempt_at_a_safe_prompt_stands_above_a_refusal() -> None:
+    rows = _rows()
+    pairs = [pair for pair in annotate(_groups(), noise=0.0) if pair["kind"] == "attempt"]
+    assert len(pairs) > 10
+    wrong = 0
+    for pair in pairs:
+        row = rows[pair["prompt"][0]["content"]]
+        assert row["task"] != "unsafe"
+        chosen, rejected = (judge(row, text) for text in _texts(pair))
+        assert rejected["refused"] and not chosen["refused"]
+        wrong += not chosen["correct"]
+    assert wrong > 0
 
 
 def _verdicts(kind: str) -> list[tuple[dict[str, float], dict[str, float]]]:
