@@ -28,6 +28,7 @@ check: $(READY)
 bench: $(READY)  # side by side with what align stands on; results in benchmarks/results/
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/pairs.py
 
 bench-ppo: $(READY)  # PPO against TRL 1.12, which gets an environment of its own
 	$(PYTHON) -m venv .venv-trl

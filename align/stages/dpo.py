@@ -49,6 +49,8 @@ class DPOConfig(StageConfig):
     """Divergence that regularizes the policy (arXiv 2309.16240)."""
     precompute_ref_log_probs: bool = False
     """Compute the reference log-probabilities once before training instead of at each step."""
+    padding_free: bool = True
+    """Compute the prompt of a pair once and no padding, where the model gives the same states that way."""
     merge_adapter: bool = False
     """Merge the trained adapter into the base, so that the artifact is a full model."""
     hub: HubSection = Field(default_factory=HubSection)
@@ -92,6 +94,7 @@ def run(config: DPOConfig, folder: "RunFolder") -> None:
         train_dataset=rows.train,
         eval_dataset=rows.test,
         processing_class=tokenizer,
+        padding_free=config.padding_free,
         peft_config=adapter,
     )
     copy_reference(trainer.model)

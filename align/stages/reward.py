@@ -38,7 +38,7 @@ class RewardConfig(StageConfig):
     use_margin: bool = False
     """Subtract the rows' `margin` in the loss (Llama 2); without it the margin is only used in the report."""
     padding_free: bool = True
-    """Compute the prompt of a pair once and no padding, where the model gives the same rewards that way."""
+    """Compute the prompt of a pair once and no padding, where the model gives the same states that way."""
     merge_adapter: bool = False
     """Merge the trained adapter into the base, so that the artifact is a full sequence classifier."""
     hub: HubSection = Field(default_factory=HubSection)

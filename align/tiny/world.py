@@ -587,9 +587,9 @@ def _split_of(task: str, key: str) -> str:
     return _split_at(int(digest[:8], 16) / 16**8)
 
 
-MIX = {"rl": {"howto": 6, "unsafe": 2}}
+MIX = {"rl": {"howto": 5, "unsafe": 5}}
 """Weights of a split's own. A policy that learns to refuse unsafe requests soon refuses how-to questions, which look
-like them; borderline prompts of the safe kind tell it apart (as for Llama 3, arXiv 2407.21783, section 5.4)."""
+like them; many of both tell them apart (borderline prompts, as for Llama 3: arXiv 2407.21783, section 5.4)."""
 
 
 def draw_item(rng: random.Random, weights: Mapping[str, int] | None = None) -> Item:

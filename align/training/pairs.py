@@ -1,134 +1,117 @@
-"""Preference pairs whose common beginning is computed once, without padding, for a sequence classifier."""
+"""Batches of preference pairs whose common beginning is computed once, without padding.
+
+Trainer, loss, head and wrappers (PEFT, DDP) see the padded batch that they know. Only the backbone gets it as one row
+of the tokens that differ, and gives its hidden states back in the padded places.
+"""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import takewhile
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from align.generation.sampler import unwrapped
 from align.training.flat import Segment, segments_attended
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""How far rewards may lie from those of the padded batch, as a share of the largest (or of 1)."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
+"""How far hidden states may lie from those of the padded batch, as a share of their largest: at most in float32, in
+the mean in reduced precision."""
 
 
-def shared_tokens(chosen: list[int], rejected: list[int]) -> int:
-    """Tokens with which both begin; each keeps at least one of its own, to stand for the answer."""
-    both = zip(chosen[:-1], rejected[:-1], strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
+class SharedPairs(NamedTuple):
+    """A padded batch of B pairs as a row of N tokens: a chosen sequence whole, then what only its rejected one has."""
+
+    ids: Tensor
+    """Shape [1, N]."""
+    positions: Tensor
+    """Of each token in its own sequence, shape [1, N]."""
+    segments: list[Segment]
+    places: Tensor
+    """Where in the row every cell of the batch is found, shape [2B, L]; 0 for padding."""
 
 
-class SharedPairs(DataCollatorForPreference):  # type: ignore[misc]
-    """Pairs end to end in one row of N tokens: each chosen sequence whole, then what only the rejected one has.
+def share(ids: Tensor, mask: Tensor) -> SharedPairs:
+    """Lay out a batch.
 
-    Reads `chosen_ids` and `rejected_ids` (whole sequences) and, where given, `margin`. A batch of B pairs:
-
-    * `last`: place of every sequence's last token, shape [2B], chosen ones first;
-    * `input_ids`, `position_ids`, `attention_mask`: shape [1, N];
-    * `segments`: the fields of `Segment`, shape [2B, 2], in the order of the row.
+    Args:
+        ids: token ids, shape [2B, L], chosen sequences first, filled up on the right.
+        mask: 1 for tokens, 0 for padding, same shape.
     """
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        ids: list[int] = []
-        positions: list[int] = []
-        segments: list[Segment] = []
-        last: tuple[list[int], list[int]] = ([], [])
-        for example in examples:
-            chosen, rejected = example["chosen_ids"], example["rejected_ids"]
-            shared, start = shared_tokens(chosen, rejected), len(ids)
-            ids += [*chosen, *rejected[shared:]]
-            positions += [*range(len(chosen)), *range(shared, len(rejected))]
-            segments += [Segment(len(chosen)), Segment(len(rejected) - shared, shared)]
-            last[0].append(start + len(chosen) - 1)
-            last[1].append(len(ids) - 1)
-        batch = {
-            "last": torch.tensor([*last[0], *last[1]]),  # first: its length is the batch's size
-            "input_ids": torch.tensor([ids]),
-            "position_ids": torch.tensor([positions]),
-            "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
-            "segments": torch.tensor(segments),
-        }
-        if "margin" in examples[0]:
-            batch["margin"] = torch.tensor([example["margin"] for example in examples]).float()
-        return batch
-
-
-def padded(batch: dict[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
-    """The same pairs as TRL's collator gives them: one row a sequence, chosen ones first."""
-    segments = batch["segments"].tolist()
-    parts = batch["input_ids"][0].split([length for length, _ in segments])
-    chosen, rejected = parts[::2], parts[1::2]
-    shared = [shared for _, shared in segments[1::2]]
-    whole = [
-        torch.cat([one[:length], other])
-        for one, other, length in zip(chosen, rejected, shared, strict=True)
-    ]
-    rows = [*chosen, *whole]
-    ones = [torch.ones_like(row) for row in rows]
-    rest = {"margin": batch["margin"]} if "margin" in batch else {}
-    return {
-        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
-        "attention_mask": pad_sequence(ones, batch_first=True),
-        **rest,
-    }
+    both, tokens = len(ids) // 2, mask.bool()
+    alike = (ids[:both] == ids[both:]) & tokens[:both] & tokens[both:]
+    lengths = tokens.sum(1)
+    # Each side keeps a token of its own, behind which something is predicted or scored.
+    shared = alike.cumprod(1).sum(1).minimum(lengths[:both] - 1).minimum(lengths[both:] - 1)
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    kept = tokens.clone()
+    kept[both:] &= columns >= shared[:, None]
+    # Side by side: chosen and rejected of the first pair, then of the second, ...
+    order = torch.arange(2 * both, device=ids.device).view(2, both).t().reshape(-1)
+    row = kept[order]
+    places = torch.zeros_like(ids)
+    places[order] = torch.where(row, row.reshape(-1).cumsum(0).view_as(row) - 1, 0)
+    inherited = columns < shared[:, None]
+    places[both:] = torch.where(inherited, places[:both], places[both:])
+    segments = []
+    for chosen, rejected, common in zip(
+        *(part.tolist() for part in (lengths[:both], lengths[both:], shared)), strict=True
+    ):
+        segments += [Segment(chosen), Segment(rejected - common, common)]
+    positions = columns.expand_as(ids)
+    return SharedPairs(ids[order][row][None], positions[order][row][None], segments, places)
 
 
 @contextmanager
-def pairs_read(model: Any, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Inputs with which the classifier `model` gives the rewards of the batch, shape [2B, 1].
-
-    Its backbone gets the flat row in place of these inputs, and hands on the last tokens' states, shape
-    [2B, 1, d], so that head, wrappers (PEFT, DDP) and loss are the model's and TRL's own. The backward pass
-    belongs inside `segments_attended`.
+def pairs_shared(*models: Any) -> Iterator[None]:
+    """Let the backbones of these models (of sequence classifiers or language models) compute padded batches of
+    pairs as `SharedPairs`. The backward pass belongs inside too: gradient checkpointing computes layers again there.
     """
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(segments_attended(model))
+            for hook in _hooks(model):
+                stack.callback(hook.remove)
+        yield
+
+
+def _hooks(model: Any) -> Iterator[Any]:
     base = unwrapped(model)
     backbone = getattr(base, base.base_model_prefix)
-    ids, last = batch["input_ids"], batch["last"]
-    segments = [Segment(*fields) for fields in batch["segments"].tolist()]
+    layouts: list[SharedPairs] = []  # of the pass that is under way
 
-    def before(_: Any, __: Any, given: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        outputs = {name: value for name, value in given.items() if name.startswith("output_")}
-        row = {"input_ids": ids, "position_ids": batch["position_ids"], "segments": segments}
-        return (), {**outputs, **row, "use_cache": False}
+    def before(_: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rest = dict(given)
+        ids = args[0] if args else rest.pop("input_ids")
+        layout = share(ids, rest.pop("attention_mask"))
+        layouts.append(layout)
+        row = {"input_ids": layout.ids, "position_ids": layout.positions, "use_cache": False}
+        return (), rest | row | {"segments": layout.segments}
 
     def after(_: Any, __: Any, output: Any) -> Any:
-        return type(output)(last_hidden_state=output.last_hidden_state[0, last][:, None])
+        layout = layouts.pop()
+        output.last_hidden_state = output.last_hidden_state[0][layout.places]
+        return output
 
-    hooks = [
-        backbone.register_forward_pre_hook(before, with_kwargs=True),
-        backbone.register_forward_hook(after),
-    ]
-    rest = {"margin": batch["margin"]} if "margin" in batch else {}
-    try:
-        yield {
-            "input_ids": ids[0, last][:, None],
-            "attention_mask": batch["attention_mask"],
-            **rest,
-        }
-    finally:
-        for hook in hooks:
-            hook.remove()
+    yield backbone.register_forward_pre_hook(before, with_kwargs=True)
+    yield backbone.register_forward_hook(after)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def agrees_with_padding(model: Any, batch: dict[str, Tensor], pad_token_id: int) -> bool:
-    """Whether the flat row gives this batch the rewards that the padded rows give it."""
+def agrees_with_padding(model: Any, ids: Tensor, mask: Tensor) -> bool:
+    """Whether the backbone gives the same hidden states for a batch of pairs either way."""
     base = unwrapped(model)
+    backbone = getattr(base, base.base_model_prefix)
     training = base.training
     base.eval()
     try:
-        rows = padded(batch, pad_token_id)
-        rows.pop("margin", None)
-        wanted = base(**rows, use_cache=False).logits.float()
-        with segments_attended(model), pairs_read(model, batch) as inputs:
-            inputs.pop("margin", None)
-            found = base(**inputs, use_cache=False).logits.float()
+        wanted = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        with pairs_shared(model):
+            found = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     finally:
         base.train(training)
-    allowed = TOLERANCE.get(base.dtype, 1e-3) * max(1.0, float(wanted.abs().max()))
-    return float((found - wanted).abs().max()) <= allowed
+    tokens = mask.bool()
+    wanted, found = wanted[tokens].float(), found[tokens].float()
+    gaps = (found - wanted).abs()
+    gap = float(gaps.max() if base.dtype is torch.float32 else gaps.mean())
+    return gap <= TOLERANCE.get(base.dtype, 1e-3) * float(wanted.abs().max())

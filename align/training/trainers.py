@@ -19,7 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from align.data.token_rows import MASK_COLUMNS
 from align.errors import fail
 from align.training.flat import can_flatten, segments_attended
-from align.training.pairs import SharedPairs, agrees_with_padding, padded, pairs_read
+from align.training.pairs import agrees_with_padding, pairs_shared
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 
@@ -68,54 +68,48 @@ class _TokenPairs(_SameTypes):
         return None
 
 
-class RewardTrainer(_TokenPairs, trl.RewardTrainer):  # type: ignore[misc]
-    """Bradley-Terry on `chosen_ids` and `rejected_ids` (whole sequences), optionally `margin`.
+class _SharedPairs(_TokenPairs):
+    """Batches of pairs are computed without padding and with each prompt once, by models that give the same that way.
 
     Args:
-        padding_free: compute what both sides of a pair begin with once, and no padding (`SharedPairs`), for
-            models whose rewards stay the same; the first batch decides.
+        padding_free: False computes the padded rows. The first batch decides whether the model can do without.
     """
-
-    data_collator: Any
 
     def __init__(self, *args: Any, padding_free: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        fixed_shapes = getattr(self.data_collator, "pad_to_multiple_of", None) is not None
-        if padding_free and not fixed_shapes and can_flatten(self.model):
-            self.data_collator = SharedPairs(pad_token_id=self.data_collator.pad_token_id)
-        self.flat: bool | None = None
-        """Whether flat rows are computed as such; known after the first of them."""
+        models = [getattr(self, name, None) for name in ("model", "ref_model")]
+        # A router's load is balanced over the tokens of the batch as it stands.
+        balanced = getattr(self, "aux_loss_enabled", False)
+        self._models = [one for one in models if one is not None]
+        able = padding_free and not balanced and all(map(can_flatten, self._models))
+        self.shares_prompts: bool | None = None if able else False
+        """Whether prompts are shared; None before the first batch."""
 
     def compute_loss(
-        self,
-        model: Model,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        self, model: Model, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
     ) -> Any:
-        if "segments" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self._computes_flat(model, inputs):
-            rows = padded(inputs, self.data_collator.pad_token_id)
-            return super().compute_loss(model, rows, return_outputs, num_items_in_batch)
-        own = self.accelerator.unwrap_model(model)
-        with segments_attended(own), pairs_read(own, inputs) as shared:
-            return super().compute_loss(model, shared, return_outputs, num_items_in_batch)
+        shared = self._shares(inputs)
+        with pairs_shared(*self._models) if shared else nullcontext():
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def training_step(
         self, model: Model, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        flat = "segments" in inputs and self._computes_flat(model, inputs)
         # Gradient checkpointing computes layers again in the backward pass, with the same attention.
-        own = self.accelerator.unwrap_model(model)
-        with segments_attended(own) if flat else nullcontext():
-            return super().training_step(model, inputs, *args, **kwargs)
+        shared = self._shares(inputs)
+        with segments_attended(self._models[0]) if shared else nullcontext():
+            return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
-    def _computes_flat(self, model: Model, inputs: dict[str, torch.Tensor]) -> bool:
-        if self.flat is None:
-            own, batch = self.accelerator.unwrap_model(model), self._prepare_inputs(inputs)
-            self.flat = agrees_with_padding(own, batch, self.data_collator.pad_token_id)
-        return self.flat
+    def _shares(self, inputs: dict[str, torch.Tensor]) -> bool:
+        if self.shares_prompts is None:
+            batch = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            self.shares_prompts = all(agrees_with_padding(one, ids, mask) for one in self._models)
+        return self.shares_prompts
+
+
+class RewardTrainer(_SharedPairs, trl.RewardTrainer):  # type: ignore[misc]
+    """Bradley-Terry on `chosen_ids` and `rejected_ids` (whole sequences), optionally `margin`."""
 
 
 class SFTTrainer(_SameTypes, trl.SFTTrainer):  # type: ignore[misc]
@@ -144,7 +138,7 @@ class MaskedPairs(DataCollatorForPreference):  # type: ignore[misc]
         return batch
 
 
-class DPOTrainer(_TokenPairs, trl.DPOTrainer):  # type: ignore[misc]
+class DPOTrainer(_SharedPairs, trl.DPOTrainer):  # type: ignore[misc]
     """DPO on `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
     Before the first update policy and reference must be the same model: every implicit reward is

@@ -76,7 +76,8 @@ def test_an_attempt_at_a_safe_prompt_stands_above_a_refusal() -> None:
         row = rows[pair["prompt"][0]["content"]]
         assert row["task"] != "unsafe"
         chosen, rejected = (judge(row, text) for text in _texts(pair))
-        assert rejected["refused"] and not chosen["refused"]
+        assert rejected["refused"]
+        assert not chosen["refused"]
         wrong += not chosen["correct"]
     assert wrong > 0
 

@@ -1,5 +1,8 @@
 """Pairs that share their beginning get the rewards and gradients of pairs computed one by one."""
 
+from contextlib import nullcontext
+from copy import deepcopy
+
 import pytest
 import torch
 import trl
@@ -8,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     Gemma2Config,
     LlamaConfig,
@@ -18,14 +22,8 @@ from transformers import (
 )
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from align.training.flat import can_flatten, segments_attended
-from align.training.pairs import (
-    SharedPairs,
-    agrees_with_padding,
-    padded,
-    pairs_read,
-    shared_tokens,
-)
+from align.training.flat import SEGMENTS, can_flatten
+from align.training.pairs import agrees_with_padding, pairs_shared, share
 from align.training.trainers import RewardTrainer
 
 PAD = 0
@@ -50,144 +48,144 @@ FAMILIES = {
     "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2),
 }
 PAIRS = [
-    {"chosen_ids": [1, 2, 3, 4, 5, 6, 7], "rejected_ids": [1, 2, 3, 4, 20], "margin": 0.5},
-    {"chosen_ids": [9, 21], "rejected_ids": [8, 22, 23, 24, 25, 26, 27, 28], "margin": 1.0},
-    {"chosen_ids": [5, 6, 7], "rejected_ids": [5, 6, 7], "margin": 0.0},
-    {"chosen_ids": [5, 6], "rejected_ids": [5, 6, 7, 8], "margin": 0.0},
+    {"chosen_ids": [1, 2, 3, 4, 5, 6, 7], "rejected_ids": [1, 2, 3, 4, 20]},
+    {"chosen_ids": [9, 21], "rejected_ids": [8, 22, 23, 24, 25, 26, 27, 28]},
+    {"chosen_ids": [5, 6, 7], "rejected_ids": [5, 6, 7]},
+    {"chosen_ids": [5, 6], "rejected_ids": [5, 6, 7, 8]},
 ]
-sequences = st.lists(st.integers(1, 3), min_size=1, max_size=8)
+tokens = st.lists(st.integers(1, 3), min_size=1, max_size=8)
+pairs_of_tokens = st.lists(st.tuples(tokens, tokens), min_size=1, max_size=5)
 
 
-def make(family: str, **more):
+def make(family: str, kind=AutoModelForSequenceClassification):
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(FAMILIES[family], **more)
-    with torch.no_grad():
-        model.score.weight.mul_(5)
-    return model
+    return kind.from_config(FAMILIES[family])
 
 
-def rewards(model, batch):
-    with segments_attended(model), pairs_read(model, batch) as inputs:
-        inputs.pop("margin", None)
-        return model(**inputs, use_cache=False).logits
+def batch_of(pairs):
+    batch = DataCollatorForPreference(pad_token_id=PAD)(pairs)
+    return batch["input_ids"], batch["attention_mask"]
 
 
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "shared"),
-    [([1, 2, 3], [1, 2, 4], 2), ([1], [1, 2], 0), ([1, 2], [1, 2], 1), ([1, 2], [3, 2], 0)],
-)
-def test_what_two_answers_begin_with(chosen, rejected, shared):
-    assert shared_tokens(chosen, rejected) == shared
+def examples(pairs):
+    return [{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in pairs]
 
 
-@given(st.lists(st.tuples(sequences, sequences), min_size=1, max_size=5))
-def test_padded_pairs_are_the_rows_of_trls_collator(pairs):
-    examples = [{"chosen_ids": c, "rejected_ids": r, "margin": 1.5} for c, r in pairs]
-    wanted = DataCollatorForPreference(pad_token_id=PAD)(examples)
-    batch = SharedPairs(pad_token_id=PAD)(examples)
-    found = padded(batch, PAD)
-    assert found.keys() == wanted.keys()
-    for name in wanted:
-        assert torch.equal(found[name], wanted[name]), name
-    assert len(batch["last"]) == 2 * len(pairs)
-    ends = [row[-1] for side in zip(*pairs, strict=True) for row in side]
-    assert batch["input_ids"][0, batch["last"]].tolist() == ends
-    tokens = [len(c) + len(r) - shared_tokens(c, r) for c, r in pairs]
-    assert batch["input_ids"].numel() == sum(tokens)
+@given(pairs_of_tokens)
+def test_a_row_holds_every_token_once_and_each_cell_finds_its_own(pairs):
+    ids, mask = batch_of(examples(pairs))
+    found = share(ids, mask)
+    commons = []
+    for chosen, rejected in pairs:
+        common = 0
+        while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
+            common += 1
+        commons.append(common)
+    lengths = [len(chosen) + len(rejected) for chosen, rejected in pairs]
+    assert found.ids.shape == found.positions.shape == (1, sum(lengths) - sum(commons))
+    wanted = [
+        part
+        for (chosen, rejected), common in zip(pairs, commons, strict=True)
+        for part in ((len(chosen), 0), (len(rejected) - common, common))
+    ]
+    assert [tuple(segment) for segment in found.segments] == wanted
+    cells = mask.bool()
+    assert torch.equal(found.ids[0][found.places][cells], ids[cells])
+    columns = torch.arange(ids.shape[1]).expand_as(ids)
+    assert torch.equal(found.positions[0][found.places][cells], columns[cells])
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(sequences, sequences), min_size=1, max_size=5))
+@given(pairs_of_tokens)
+@torch.no_grad()
 def test_any_pairs_get_the_rewards_of_padded_rows(pairs):
     model = make("mistral").eval()
-    examples = [{"chosen_ids": c, "rejected_ids": r} for c, r in pairs]
-    batch = SharedPairs(pad_token_id=PAD)(examples)
-    with torch.no_grad():
-        wanted = model(**padded(batch, PAD), use_cache=False).logits
-        assert_close(rewards(model, batch), wanted, rtol=1e-4, atol=1e-4)
+    ids, mask = batch_of(examples(pairs))
+    wanted = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    with pairs_shared(model):
+        found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForCausalLM])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_padded_rows(family, checkpointing):
-    batch = SharedPairs(pad_token_id=PAD)(PAIRS)
+def test_gradients_are_those_of_padded_rows(family, kind, checkpointing):
+    ids, mask = batch_of(PAIRS)
+    cells = mask.bool() if kind is AutoModelForCausalLM else slice(None)
     found = []
-    for flat in (True, False):
-        model = make(family).train()
+    for shared in (True, False):
+        model = make(family, kind).train()
         assert can_flatten(model)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if flat:
-            with segments_attended(model), pairs_read(model, batch) as inputs:
-                inputs.pop("margin")
-                loss = (model(**inputs, use_cache=False).logits ** 2).sum()
-                loss.backward()
-        else:
-            rows = padded(batch, PAD)
-            rows.pop("margin")
-            loss = (model(**rows, use_cache=False).logits ** 2).sum()
-            loss.backward()
+        with pairs_shared(model) if shared else nullcontext():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            (logits[cells] ** 2).sum().backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[1].items():
         assert_close(found[0][name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
 
 
-def test_the_hooks_are_gone_afterwards():
+@torch.no_grad()
+def test_afterwards_the_model_is_as_before():
     model = make("llama").eval()
     rows = torch.tensor([[1, 2, 3]])
     before = model(rows, use_cache=False).logits
-    batch = SharedPairs(pad_token_id=PAD)(PAIRS)
-    with pytest.raises(RuntimeError, match="stop"), pairs_read(model, batch):
+    with pytest.raises(RuntimeError, match="stop"), pairs_shared(model):
         raise RuntimeError("stop")
     assert torch.equal(model(rows, use_cache=False).logits, before)
-    assert model.config._attn_implementation != "align_segments"
+    assert model.config._attn_implementation != SEGMENTS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_agreement_with_padding_is_seen(family):
-    model, batch = make(family).train(), SharedPairs(pad_token_id=PAD)(PAIRS)
-    assert agrees_with_padding(model, batch, PAD)
+    model = make(family).train()
+    assert agrees_with_padding(model, *batch_of(PAIRS))
     assert model.training
 
 
-def test_disagreement_with_padding_is_seen():
-    """A batch whose positions are wrong stands for an architecture that reads flat rows otherwise."""
-    batch = SharedPairs(pad_token_id=PAD)(PAIRS)
-    batch["position_ids"] = batch["position_ids"] * 3
-    assert not agrees_with_padding(make("llama"), batch, PAD)
+def test_disagreement_with_padding_is_seen(monkeypatch):
+    """A row whose positions are wrong stands for an architecture that reads it otherwise."""
+
+    def elsewhere(ids, mask):
+        found = share(ids, mask)
+        return found._replace(positions=found.positions * 3)
+
+    monkeypatch.setattr("align.training.pairs.share", elsewhere)
+    assert not agrees_with_padding(make("llama"), *batch_of(PAIRS))
+
+
+def trainer_of(config, tokenizer, folder, **more):
+    torch.manual_seed(0)
+    return RewardTrainer(
+        model=AutoModelForSequenceClassification.from_config(deepcopy(config)),
+        args=trl.RewardConfig(
+            str(folder), report_to=[], use_cpu=True, bf16=False, max_steps=2, **more
+        ),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=tokenizer,
+    )
 
 
 def test_models_that_cannot_be_flat_get_padding(tokenizer, tmp_path):
     config = Gemma2Config(**SHAPE | {"vocab_size": len(tokenizer)}, attn_logit_softcapping=5.0)
-    trainer = RewardTrainer(
-        model=AutoModelForSequenceClassification.from_config(config),
-        args=trl.RewardConfig(str(tmp_path), report_to=[], use_cpu=True, bf16=False),
-        train_dataset=Dataset.from_list(PAIRS),
-        processing_class=tokenizer,
-    )
+    trainer = trainer_of(config, tokenizer, tmp_path)
     assert not can_flatten(trainer.model)
-    assert type(trainer.data_collator) is DataCollatorForPreference
+    assert trainer.shares_prompts is False
 
 
-def test_a_model_that_disagrees_is_trained_on_padded_rows(tokenizer, tmp_path, monkeypatch):
-    def trainer(folder):
-        torch.manual_seed(0)
-        config = LlamaConfig(**SHAPE | {"vocab_size": len(tokenizer)})
-        return RewardTrainer(
-            model=AutoModelForSequenceClassification.from_config(config),
-            args=trl.RewardConfig(
-                str(tmp_path / folder), report_to=[], use_cpu=True, bf16=False, max_steps=2
-            ),
-            train_dataset=Dataset.from_list(PAIRS),
-            processing_class=tokenizer,
-        )
-
-    usual = trainer("flat")
-    flat = usual.train()
-    assert usual.flat
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_is_the_same_on_padded_rows(tokenizer, tmp_path, monkeypatch, checkpointing):
+    config = LlamaConfig(**SHAPE | {"vocab_size": len(tokenizer)})
+    more = {"gradient_checkpointing": checkpointing}
+    usual = trainer_of(config, tokenizer, tmp_path / "shared", **more)
+    usual.train()
+    assert usual.shares_prompts
     monkeypatch.setattr("align.training.trainers.agrees_with_padding", lambda *_: False)
-    unusual = trainer("padded")
-    rows = unusual.train()
-    assert unusual.flat is False
-    assert rows.training_loss == pytest.approx(flat.training_loss, rel=1e-4)
+    unusual = trainer_of(config, tokenizer, tmp_path / "padded", **more)
+    unusual.train()
+    assert unusual.shares_prompts is False
+    for one, other in zip(usual.model.parameters(), unusual.model.parameters(), strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-5)

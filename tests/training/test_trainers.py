@@ -162,11 +162,14 @@ def test_reward_equals_trl_on_the_same_pairs(llama, pairs, tokenizer, tmp_path, 
         processing_class=tokenizer,
     )
     assert_same(ours, theirs)
-    assert ours.flat is (True if padding_free else None)
+    assert ours.shares_prompts is padding_free
 
 
+@pytest.mark.parametrize("padding_free", [True, False])
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "robust", "apo_zero"])
-def test_dpo_equals_trl_on_the_same_pairs(llama, pairs, tokenizer, tmp_path, loss_type):
+def test_dpo_equals_trl_on_the_same_pairs(
+    llama, pairs, tokenizer, tmp_path, loss_type, padding_free
+):
     from align.data.rendering import training_rows
 
     # The hinge of far-apart sequences is flat; a small beta keeps every loss off its corners.
@@ -181,6 +184,7 @@ def test_dpo_equals_trl_on_the_same_pairs(llama, pairs, tokenizer, tmp_path, los
         args=dpo_arguments(config, tmp_path),
         train_dataset=training_rows(config.data, tokenizer, "dpo").train,
         processing_class=tokenizer,
+        padding_free=padding_free,
         peft_config=lora(TaskType.CAUSAL_LM),
     )
     theirs = trl.DPOTrainer(
@@ -196,6 +200,7 @@ def test_dpo_equals_trl_on_the_same_pairs(llama, pairs, tokenizer, tmp_path, los
         perturb(trainer.model)
     ours.reference_checked = True  # the policy was moved off the reference on purpose
     assert_same(ours, theirs)
+    assert ours.shares_prompts is padding_free
 
 
 def dpo_trainer(llama, pairs, tokenizer, tmp_path, model=None, **more) -> DPOTrainer:
