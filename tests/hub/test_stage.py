@@ -83,9 +83,9 @@ def trained(monkeypatch) -> list[str]:
     found: list[str] = []
     opened = RunFolder._open
 
-    def noted(folder, identity):
+    def noted(folder, *given):
         found.append(folder.name)
-        opened(folder, identity)
+        opened(folder, *given)
 
     monkeypatch.setattr(RunFolder, "_open", noted)
     return found
