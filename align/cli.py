@@ -237,7 +237,7 @@ def _stage_parameters(kind: str) -> Iterable[inspect.Parameter]:
     if kind == "push":
         dry_run = typer.Option("--dry-run", help="List the files, send none.")
         of = typer.Argument(
-            metavar="[RUN]", help="A complete run of sft, reward, dpo or ppo; or give --recipe."
+            metavar="[RUN]", help="A complete run that holds a model; or give --recipe."
         )
         yield _parameter("run", Annotated[str | None, of])
     yield _parameter("recipe", Annotated[str | None, recipe])

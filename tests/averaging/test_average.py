@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from align.averaging.factors import cut_to
-from align.config.load import load_stage
+from align.config.load import load_pipeline, load_stage
 from align.config.sections import LoraSection
 from align.durable import read_json
 from align.errors import AlignError
@@ -435,3 +435,18 @@ def test_kept_checkpoints_have_to_be_there(tmp_path, monkeypatch, given, words):
     with pytest.raises(AlignError) as caught:
         load_stage("r.yaml")
     assert words in str(caught.value)
+
+
+def test_averages_of_each_other_are_refused(tmp_path, monkeypatch):
+    """Not with an endless search for what they are made of."""
+    monkeypatch.chdir(tmp_path)
+    stages = {
+        name: {"stage": "average", "models": {"x": f"${other}", "y": "org/model"}}
+        for name, other in (("one", "two"), ("two", "one"))
+    }
+    Path("p.yaml").write_text(json.dumps({"output_dir": "runs", "stages": stages}))
+    with pytest.raises(AlignError) as caught:
+        load_pipeline("p.yaml")
+    assert [problem.message for problem in caught.value.problems] == [
+        "`one.models.x` refers to the later stage `two`"
+    ]
