@@ -43,7 +43,11 @@ def sanitise(text: str) -> str:
     and tabs stay, CR LF becomes LF. Markup is not touched: put the result into `rich.text.Text`.
     Access tokens become `<secret>`.
     """
-    text = scrub(text)
+    return visible(scrub(text))
+
+
+def visible(text: str) -> str:
+    """`sanitise` without a look for tokens."""
     if text.isprintable():
         return text
     return text.replace("\r\n", "\n").translate(_VISIBLE)
