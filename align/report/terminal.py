@@ -8,7 +8,7 @@ import unicodedata
 from functools import cache
 from typing import TYPE_CHECKING
 
-from align.secrets import scrub
+from align.secrets import hide_tokens
 
 if TYPE_CHECKING:  # who only needs `sanitise` does not wait for rich
     from rich.console import Console
@@ -43,7 +43,7 @@ def sanitise(text: str) -> str:
     and tabs stay, CR LF becomes LF. Markup is not touched: put the result into `rich.text.Text`.
     Access tokens become `<secret>`.
     """
-    return visible(scrub(text))
+    return visible(hide_tokens(text))
 
 
 def visible(text: str) -> str:
