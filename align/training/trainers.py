@@ -81,8 +81,7 @@ class RewardTrainer(_TokenPairs, trl.RewardTrainer):  # type: ignore[misc]
     def __init__(self, *args: Any, padding_free: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         fixed_shapes = getattr(self.data_collator, "pad_to_multiple_of", None) is not None
-        split = self.args.n_gpu > 1  # one process with several GPUs: a batch is cut by its rows
-        if padding_free and not (fixed_shapes or split) and can_flatten(self.model):
+        if padding_free and not fixed_shapes and can_flatten(self.model):
             self.data_collator = SharedPairs(pad_token_id=self.data_collator.pad_token_id)
         self.flat: bool | None = None
         """Whether flat rows are computed as such; known after the first of them."""

@@ -170,21 +170,6 @@ def test_models_that_cannot_be_flat_get_padding(tokenizer, tmp_path):
     assert type(trainer.data_collator) is DataCollatorForPreference
 
 
-def test_a_process_with_several_gpus_gets_rows_that_can_be_shared_out(tokenizer, tmp_path):
-    """nn.DataParallel cuts a batch by its rows, and a flat one has a single row."""
-    args = trl.RewardConfig(str(tmp_path), report_to=[], use_cpu=True, bf16=False)
-    assert args.n_gpu <= 1
-    args._n_gpu = 2
-    config = LlamaConfig(**SHAPE | {"vocab_size": len(tokenizer)})
-    trainer = RewardTrainer(
-        model=AutoModelForSequenceClassification.from_config(config),
-        args=args,
-        train_dataset=Dataset.from_list(PAIRS),
-        processing_class=tokenizer,
-    )
-    assert type(trainer.data_collator) is DataCollatorForPreference
-
-
 def test_a_model_that_disagrees_is_trained_on_padded_rows(tokenizer, tmp_path, monkeypatch):
     def trainer(folder):
         torch.manual_seed(0)
