@@ -290,6 +290,12 @@ def test_what_does_not_belong_together_is_refused(llama, make_llama, two, tokeni
     refused("its base is", a=two["a"], b=foreign)
     few = adapter(llama, tmp_path / "few", 1, tokenizer, lora_target_modules=["q_proj"])
     refused("`target_modules` is", a=few, b=adapter(llama, tmp_path / "all", 2, tokenizer))
+    turned = tmp_path / "turned"
+    shutil.copytree(two["b"], turned)
+    config = json.loads((turned / "adapter_config.json").read_text())
+    config["trainable_token_indices"] = config["trainable_token_indices"][::-1]
+    (turned / "adapter_config.json").write_text(json.dumps(config))
+    refused("`trainable_token_indices` is", a=two["a"], b=str(turned))
     told = tmp_path / "told"
     shutil.copytree(two["b"], told)
     changed = AutoTokenizer.from_pretrained(told)
