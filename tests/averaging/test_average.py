@@ -443,6 +443,16 @@ def test_kept_checkpoints_have_to_be_there(tmp_path, monkeypatch, given, words):
     assert words in str(caught.value)
 
 
+def test_adapters_of_a_quantized_base_are_not_merged_into_another_one(two, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(two["a"], run / "artifact")
+    (run / "recipe.yaml").write_text("{stage: sft, model: {load_in_4bit: true}}")
+    models = {"a": str(run / "artifact"), "b": two["b"]}
+    with pytest.raises(AlignError, match="was trained on a quantized base"):
+        average(tmp_path / "mean", models=models, method="merge")
+    assert average(tmp_path / "mean", models=models, method="cat").is_dir()
+
+
 def test_averages_of_each_other_are_refused(tmp_path, monkeypatch):
     """Not with an endless search for what they are made of."""
     monkeypatch.chdir(tmp_path)
