@@ -54,7 +54,8 @@ def visible(text: str) -> str:
 
 
 class StreamSanitiser:
-    """`sanitise` for a text that comes in pieces: what comes out is what the whole text gives.
+    """`sanitise` for a text that comes in pieces: what comes out is what the whole text gives, but for an access
+    token that comes in several of them.
 
     Controls are shown one by one, so no escape sequence can come together from several pieces;
     only a CR waits for the LF that may follow it.
