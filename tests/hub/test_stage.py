@@ -271,6 +271,15 @@ def test_an_average_at_the_end_of_a_pipeline_is_pushed(hub, averaged, align):
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "me/base"
     card = files["README.md"].decode()
     assert all(name in card for name in ("| one |", "| two |", "| mean |"))
+    report = Path("runs/report.html").read_text(encoding="utf-8")
+    assert "out of date" not in report
+    assert "cannot be drawn" not in report
+    assert "mean leads to push" in report
+    code, said = align("report", "runs/mean")
+    assert code == 0, said
+    code, said = align("run", str(averaged))
+    assert code == 0
+    assert "nothing to do" in said
 
 
 @pytest.mark.parametrize(
