@@ -34,16 +34,18 @@ def print_problems(error: AlignError) -> None:
     problems = list(error.problems)
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        say(f"process {rank}: {problems[0] if problems else error}".splitlines()[0], style="red")
+        said = f"process {rank}: {problems[0] if problems else error}"
+        say(scrub(said.splitlines()[0]), style="red")
         return
     if len(problems) > 1:
         say(f"{len(problems)} problems", style="bold red")
     lines = 1
     for number, problem in enumerate(problems):
         where = f"{problem.where}: " if problem.where else ""
-        say(f"{'error: ' if len(problems) == 1 else ''}{where}{problem.message}", style="red")
+        head = f"{'error: ' if len(problems) == 1 else ''}{where}{problem.message}"
+        say(scrub(head), style="red")
         if problem.hint:
-            say(f"    {problem.hint}")
+            say(scrub(f"    {problem.hint}"))
         lines += 2 if problem.hint else 1
         left = len(problems) - number - 1
         if lines >= MOST_LINES and left > 1:

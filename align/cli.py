@@ -11,30 +11,19 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from align import model_commands
-from align.answers import answer, crash, print_json, problems_json
+from align import model_commands, recipe_commands
+from align.answers import answer, crash, print_json
 from align.errors import AlignError, Problem, fail
-from align.stages import STAGES
+from align.recipe_commands import Json, Recipe, Sets, With, tell_notes
+from align.startup import QUIET, make_ready
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-Recipe = Annotated[str, typer.Argument(help="A file, or a shipped recipe (`tiny/pipeline`).")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set any key; repeat for more."),
-]
-With = Annotated[
-    list[str] | None,
-    typer.Option("--with", metavar="STAGE", help="Run this optional stage too; repeat for more."),
-]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Let reward functions come from files.")
 ]
-Stage = Annotated[str | None, typer.Option("--stage", help="Stage of a pipeline.")]
 
 SUMMARIES = {
     "sft": "Supervised fine-tuning on demonstrations.",
@@ -46,21 +35,6 @@ SUMMARIES = {
     "eval": "Answer held-out prompts and score the answers, with intervals.",
     "push": "Upload a run's model with tokenizer, chat template and card. Private unless --public.",
 }
-
-QUIET = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    # Threads that wait for each other in a busy loop crawl beside another process.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "PYDANTIC_DISABLE_PLUGINS": "__all__",
-}
-"""Defaults of the libraries' environment: no telemetry, no bars and notes between our own lines, no
-search through all installed packages for pydantic plugins."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,18 +61,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         gc.enable()
         if argv is None:  # the process ends: Python's last collection would visit every object
             gc.freeze()
-
-
-def make_ready() -> None:
-    """Before the heavy libraries: what they tell developers (deprecations, missing kernels) is no
-    news to a user."""
-    import logging
-    import warnings
-
-    gc.enable()
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _hyphens(word: str) -> str:
@@ -144,11 +106,8 @@ def build(words: Sequence[str]) -> typer.Typer:
     app.command("status", rich_help_panel="Pipeline")(status)
     for name, action in model_commands.COMMANDS.items():
         app.command(name, rich_help_panel="Models")(action)
-    app.command("show", rich_help_panel="Recipes")(show)
-    app.command("validate", rich_help_panel="Recipes")(validate)
-    app.command("inspect", rich_help_panel="Recipes")(inspect_rows)
-    app.command("plan", rich_help_panel="Recipes")(plan)
-    app.command("schema", rich_help_panel="Recipes")(schema)
+    for name, action in recipe_commands.COMMANDS.items():
+        app.command(name, rich_help_panel="Recipes")(action)
     app.add_typer(_recipes(words[1:2], settings), name="recipes", rich_help_panel="Recipes")
     return app
 
@@ -161,10 +120,8 @@ def _recipes(words: Sequence[str], settings: dict[str, Any]) -> typer.Typer:
         context_settings=settings,
         rich_markup_mode="rich",
     )
-    recipes.command("list")(list_recipes)
-    recipes.command("show")(print_recipe)
-    recipes.command("copy")(copy_recipe)
-    recipes.command("convert")(convert_recipe)
+    for name, action in recipe_commands.SHIPPED.items():
+        recipes.command(name)(action)
     return recipes
 
 
@@ -237,7 +194,7 @@ def _stage_parameters(kind: str) -> Iterable[inspect.Parameter]:
     if kind == "push":
         dry_run = typer.Option("--dry-run", help="List the files, send none.")
         of = typer.Argument(
-            metavar="[RUN]", help="A complete run of sft, reward, dpo or ppo; or give --recipe."
+            metavar="[RUN]", help="A complete run that holds a model; or give --recipe."
         )
         yield _parameter("run", Annotated[str | None, of])
     yield _parameter("recipe", Annotated[str | None, recipe])
@@ -309,20 +266,12 @@ def _run_stage_command(
         return
     if needs_launch(loaded.config.launch):
         raise typer.Exit(relaunch(words, loaded.config.launch))
-    _tell(loaded)
+    tell_notes(loaded)
     make_ready()
     folder = run_stage(loaded.config, origins=loaded.origins, quiet=as_json)
     if as_json:
         results = folder / "artifact" / "results.json"
         print_json(json.loads(results.read_text(encoding="utf-8")))
-
-
-def _tell(loaded: Any) -> None:
-    """What became of the keys of another tool's recipe that runs as it is; one process says it."""
-    from align.report.terminal import say
-
-    for note in loaded.notes if os.environ.get("RANK", "0") == "0" else ():
-        say(note, style="dim")
 
 
 # --- pipelines ------------------------------------------------------------------------------
@@ -352,7 +301,7 @@ def run(
         return
     if allow_code:
         _allow_code()
-    _tell(loaded)
+    tell_notes(loaded)
     make_ready()
     run_pipeline(loaded, until=until, force=force or [])
 
@@ -390,181 +339,3 @@ def status(
         if len(found) > 1:
             say(name, style="bold", results=True)
         show_status(group)
-
-
-# --- recipes --------------------------------------------------------------------------------
-
-
-def show(
-    recipe: Annotated[str | None, typer.Argument(help="A file, or a shipped recipe.")] = None,
-    sets: Sets = None,
-    with_stages: With = None,
-    stage: Stage = None,
-    changed: Annotated[
-        bool, typer.Option("--changed", help="Leave out what has its default.")
-    ] = False,
-    judges: Annotated[
-        bool, typer.Option("--judges", help="List registered judges and pair rules.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Print every value of a recipe and where it comes from."""
-    from align.selection import stages_of
-    from align.views import print_names, print_values, value_rows
-
-    if judges:
-        print_names()
-        return
-    if recipe is None:
-        fail("no recipe is named", hint="as in `align show tiny/pipeline`")
-    rows: list[tuple[str, Any, str]] = []
-    for prefix, loaded in stages_of(recipe, sets, with_stages, stage):
-        rows += value_rows(loaded.config, loaded.origins, prefix)
-    rows = [row for row in rows if not changed or row[2] != "default"]
-    if as_json:
-        print_json({key: {"value": value, "origin": origin} for key, value, origin in rows})
-    else:
-        print_values(rows)
-
-
-def validate(
-    recipe: Recipe,
-    sets: Sets = None,
-    with_stages: With = None,
-    stage: Annotated[str | None, typer.Option("--stage", help="Stage of a flat recipe.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Check a recipe: every problem at once, with line and way out. Needs no GPU."""
-    from align.config.load import is_pipeline, load_pipeline, load_stage, read_recipe
-
-    loaded: Any
-    read = read_recipe(recipe)
-    if is_pipeline(read[0]):
-        loaded = load_pipeline(read, sets or [], with_stages=with_stages or [], ready=False)
-        kind = "pipeline"
-        _tell(loaded)
-    else:
-        loaded = load_stage(read, sets or [], stage=stage, ready=False)
-        kind = loaded.kind
-        _tell(loaded)
-    if as_json:
-        pending = problems_json(loaded.pending)["problems"]
-        print_json({"ok": True, "kind": kind, "problems": [], "pending": pending})
-        return
-    from align.report.terminal import sanitise
-
-    said = f"a valid {kind} recipe" if kind in STAGES else "a valid pipeline"
-    print(sanitise(f"{recipe}: {said}"))
-    for note in loaded.pending:
-        print(sanitise(f"    {note.where}: {note.message}"))
-
-
-def inspect_rows(
-    recipe: Recipe,
-    stage: Stage = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
-    sets: Sets = None,
-    with_stages: With = None,
-    as_json: Json = False,
-) -> None:
-    """Show what a stage really trains on: every token, and whether it is in the loss."""
-    from align.selection import to_inspect
-
-    loaded, config = to_inspect(recipe, sets, with_stages, stage)
-    _tell(loaded)
-    make_ready()
-    from align.data.inspection import inspect_stage
-
-    inspect_stage(config, rows=rows, as_json=as_json)
-
-
-def plan(
-    recipe: Recipe,
-    sets: Sets = None,
-    with_stages: With = None,
-    gpu: Annotated[
-        str | None, typer.Option(metavar="KIND", help="Kind of GPU, as in `4090`; H100 when unset.")
-    ] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of every stage.")] = None,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Also run a step on fake tensors (imports torch).")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Say what a recipe will need: memory, time, disk, downloads. No GPU, no weights."""
-    from align.plan.report import make_plan
-
-    made = make_plan(recipe, sets=sets or [], with_stages=with_stages or [], gpu=gpu, gpus=gpus)
-    counted: list[Any] = []
-    if exact:
-        make_ready()
-        from align.plan.exact import count_exactly
-
-        counted = count_exactly(made, quiet=as_json)
-    if as_json:
-        print_json(made.as_json() | ({"exact": counted} if exact else {}))
-        return
-    from align.plan.view import show_exact, show_plan
-
-    show_plan(made)
-    if exact:
-        show_exact(counted)
-
-
-def schema(
-    kind: Annotated[str, typer.Argument(help="A stage, or `pipeline`.")] = "pipeline",
-) -> None:
-    """Print the JSON schema of a recipe, for editors."""
-    from align.config.schema import KINDS, schema_of
-    from align.config.suggest import nearest
-
-    if kind not in KINDS:
-        close = nearest(kind, KINDS)
-        hint = f"did you mean `{close}`?" if close else f"one of {', '.join(KINDS)}"
-        fail(f"there is no schema of `{kind}`", hint=hint)
-    print(json.dumps(schema_of(kind)))  # compact: editors read it, and indenting is slow
-
-
-def list_recipes() -> None:
-    """List the shipped recipes: name, stage, what it is."""
-    from align.views import print_recipes
-
-    print_recipes()
-
-
-def print_recipe(name: Recipe) -> None:
-    """Print a recipe."""
-    from align.report.terminal import sanitise
-    from align.resources import find_recipe
-
-    print(sanitise(find_recipe(name).read_text(encoding="utf-8", errors="replace")), end="")
-
-
-def copy_recipe(
-    name: Recipe,
-    destination: Annotated[
-        Path | None, typer.Argument(help="Folder or file; the current folder when unset.")
-    ] = None,
-) -> None:
-    """Copy a recipe, and what a pipeline builds on, to change it. Never overwrites."""
-    from align.report.terminal import say
-    from align.resources import copy_recipe, display
-
-    for copy in copy_recipe(name, destination):
-        say(display(copy.absolute()), results=True)
-
-
-def convert_recipe(
-    file: Annotated[Path, typer.Argument(help="YAML of the other tool.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")],
-    tool: Annotated[
-        str | None,
-        typer.Option("--from", metavar="TOOL", help="handbook, trl, llamafactory or axolotl."),
-    ] = None,
-    stage: Annotated[str | None, typer.Option("--stage", help="What it trains.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Turn a recipe of TRL, its handbook, LLaMA-Factory or axolotl into ours. Never overwrites."""
-    from align.translation.writing import convert
-
-    convert(file, output, tool=tool, stage=stage).show(as_json=as_json)

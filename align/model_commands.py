@@ -8,17 +8,11 @@ import typer
 
 from align.answers import print_json
 from align.errors import fail
+from align.recipe_commands import Json
+from align.startup import make_ready
 
 if TYPE_CHECKING:
     from align.config.draft import Override
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-
-
-def _make_ready() -> None:
-    from align import cli
-
-    cli.make_ready()
 
 
 def _check_choice(flag: str, value: str, choices: Any) -> None:
@@ -49,7 +43,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base, and prove that the result answers as it did."""
-    _make_ready()
+    make_ready()
     from align.models.merging import Dtype, Onto, merge
     from align.views import print_merge
 
@@ -85,7 +79,7 @@ def push(
     if direct:  # nothing is written but what the push itself needs
         given.append(Override("output_dir", "none"))
     config: Any = load_stage(recipe, [*given, *changes], stage="push").config
-    _make_ready()
+    make_ready()
     asked = Push.of(Path(config.run), config.hub)
     if dry_run:
         list_files(asked)
@@ -165,7 +159,7 @@ def chat(
     ] = False,
 ) -> None:
     """Talk to a model, or to two side by side. Through a pipe: one turn a line."""
-    _make_ready()
+    make_ready()
     from align.chat.loop import chat
     from align.chat.speaker import Manner
 
@@ -210,7 +204,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Let two models answer the same prompts: both answers, a verdict each, the win rate."""
-    _make_ready()
+    make_ready()
     from align.evaluation.comparison import Comparison, compare
     from align.evaluation.comparison_view import comparison_view
     from align.report.terminal import console, say
@@ -273,7 +267,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a model for llama.cpp (gguf), vLLM or Ollama, with the commands that go on."""
-    _make_ready()
+    make_ready()
     from align.hub.export import Export, Format, export
     from align.models.merging import Dtype
     from align.views import print_export

@@ -13,16 +13,16 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from align.config.sections import StageConfig
 from align.durable import free_name, read_json, rename, sync_tree, write_json, write_text
-from align.environment import environment, is_main, keep_freed_memory, world_size
+from align.environment import environment, is_main, keep_freed_memory
 from align.errors import AlignError, fail
 from align.launch import check_world
 from align.lineage import (
@@ -35,13 +35,12 @@ from align.lineage import (
 )
 from align.locks import locked
 from align.pushes import check_push, push_complete
+from align.ranks import on_main, wait_for_all
 from align.report.terminal import say
 from align.secrets import scrub, scrubbed
 from align.stages import STAGES
 from align.standing import check_inputs, refuse, standing
 from align.stopping import Stopped, stoppable
-
-Result = TypeVar("Result")
 
 WORKING = ("checkpoints", "parts")
 """Folders that only an unfinished run needs."""
@@ -187,11 +186,11 @@ class RunFolder:
 
         Every rank calls it; all come back when the folder is there.
         """
-        _wait_for_all()
+        wait_for_all()
         if self.is_main:
             self._complete()
         self.path = self.output
-        _wait_for_all()
+        wait_for_all()
         return self.output
 
     def wrote_something(self) -> bool:
@@ -333,20 +332,6 @@ def _last_time(folder: Path) -> float:
     return 0.0
 
 
-def _wait_for_all() -> None:
-    if world_size() > 1:
-        _join().wait_for_everyone()
-
-
-def _join() -> Any:
-    """The process group of this launch. Without `cpu=True` accelerate would take a machine
-    without GPUs for a single process."""
-    import torch
-    from accelerate import PartialState
-
-    return PartialState(cpu=not torch.accelerator.is_available())
-
-
 def is_done(config: StageConfig) -> bool:
     """Whether the run folder holds the result of this very recipe. Writes nothing.
 
@@ -395,31 +380,6 @@ def _prepare(
     return RunFolder(config, name=name, quiet=quiet, identity=identity, origins=origins)
 
 
-def _on_main(decide: Callable[[], Result]) -> tuple[Result | None, bool]:
-    """Run `decide` in the main process; every process learns whether there is something to do.
-
-    Its AlignErrors are raised in all processes, so that none waits for one that gave up.
-    """
-    result: Result | None = None
-    verdict: list[Any] = [None, False, 0]
-    if is_main():
-        try:
-            result = decide()
-            verdict = [None, result is not None, 0]
-        except AlignError as error:
-            verdict = [error.problems, False, error.exit_code]
-    if world_size() > 1:
-        from accelerate.utils import broadcast_object_list
-
-        _join()
-        broadcast_object_list(verdict, from_process=0)
-    if verdict[0] is not None:
-        told = AlignError(*verdict[0])
-        told.exit_code = verdict[2]
-        raise told
-    return result, verdict[1]
-
-
 def run_stage(
     config: StageConfig,
     *,
@@ -448,7 +408,7 @@ def run_stage(
     name, output = name or stage, output_path(config)
     check_world(config.launch)
     with stoppable(), locked(output) if is_main() else nullcontext():
-        opened, to_do = _on_main(lambda: _prepare(config, name, quiet, origins))
+        opened, to_do = on_main(lambda: _prepare(config, name, quiet, origins))
         if not to_do:
             if is_main() and not quiet:
                 say(f"{name}: nothing to do, {output} is complete and unchanged")

@@ -22,7 +22,8 @@ SECRET = re.compile(
 
 SECRET_NAME = r"[\w.-]*(?:(?:hub|access|auth|hf)[_-]?token|api[_-]?key|password|secret)"
 
-SECRET_OPTION = re.compile(rf"(?i)({SECRET_NAME}=)(\S+)")
+SECRET_OPTION = re.compile(rf"(?i)(?<![\w.-])({SECRET_NAME}=)(\S+)")
+"""From the beginning of a name on, or a long word would be read again from each of its letters."""
 
 SECRET_FLAG = re.compile(rf"(?i)^--?{SECRET_NAME}$")
 
@@ -70,17 +71,22 @@ def holds_secret(text: str) -> bool:
     return SECRET.search(text) is not None or any(own in text for own in own_secrets())
 
 
-def scrub(text: str) -> str:
-    """Text with everything that looks like an access token replaced by `<secret>`."""
-    if len(text) < SHORTEST and "=" not in text and "://" not in text:
+def hide_tokens(text: str, instead: str = HIDDEN) -> str:
+    """Text with our own secrets, and what has the form of an access token, replaced: nothing else changes."""
+    if len(text) < SHORTEST:
         return text  # a word: most texts are
     for own in own_secrets():
-        text = text.replace(own, HIDDEN)
+        text = text.replace(own, instead)
+    return SECRET.sub(instead, text)
+
+
+def scrub(text: str) -> str:
+    """Text with everything that looks like an access token replaced by `<secret>`, also what `password=` gives."""
     if "://" in text:
         text = IN_ADDRESS.sub(rf"\1{HIDDEN}", text)
     if "=" in text:
         text = SECRET_OPTION.sub(rf"\1{HIDDEN}", text)
-    return SECRET.sub(HIDDEN, text)
+    return hide_tokens(text)
 
 
 def scrubbed(value: Any) -> Any:

@@ -87,3 +87,11 @@ def make_llama(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 def llama(make_llama: Callable[..., Path]) -> Path:
     """One random Llama that tests share and never write to."""
     return make_llama()
+
+
+@pytest.fixture(autouse=True)
+def console_of_its_own() -> None:
+    """A console remembers COLUMNS and NO_COLOR from when it was made: each test makes its own."""
+    from align.report.terminal import console
+
+    console.cache_clear()

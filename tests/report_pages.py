@@ -15,6 +15,7 @@ HOSTILE = (
     "--><!-- {{ 7 * 7 }} {% raw %} ]]>"
     "\x1b[2J\x1b]52;c;YQ==\x07\x9b31m\x00\r\b"
     "\u202egnp.exe\u2066\u200b\u2060\ufeff\u00ad\u2028 \"'`$(x)` hf_abcdefghijklmnopqrstuvwxyz"
+    " onclick=alert(1) http://a:b@c api_key=abc"
 )
 """Markup, template code, terminal controls, bidi and invisible characters, an access token."""
 

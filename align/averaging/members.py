@@ -142,7 +142,9 @@ def _same_base(first: Member, other: Member) -> None:
             "average adapters of one base",
         )
     for key in ("target_modules", "trainable_token_indices", "modules_to_save", "task_type"):
-        mine, its = (_plain(member.config.get(key)) for member in (first, other))
+        mine, its = (member.config.get(key) for member in (first, other))
+        if key != "trainable_token_indices":  # trained rows lie in the order of their indices
+            mine, its = _plain(mine), _plain(its)
         if mine != its:
             hint = "train them with the same `lora` keys, or set `method: merge`"
             _differ(first, other, f"`{key}` is {its}, and {mine} there", hint)
@@ -153,7 +155,7 @@ def _base_of(member: Member) -> tuple[str, str | None]:
     kept = read_json(Path(member.path).expanduser() / IDENTITY_FILE)
     if isinstance(kept, dict) and kept.get("weights_sha256"):
         return str(kept["weights_sha256"])[:12], None
-    return str(member.artifact.base), member.artifact.base_revision
+    return str(member.artifact.base), member.artifact.base_revision or "main"
 
 
 def _plain(value: Any) -> Any:

@@ -22,6 +22,7 @@ from align.durable import write_json
 from align.errors import fail
 from align.models.identity import look_at, model_file
 from align.models.loading import DTYPES, load_policy, load_reward_model
+from align.models.source import artifact_of, trained_by
 
 INDEX = f"{SINGLE}.index.json"
 
@@ -153,7 +154,12 @@ def average_merged(members: Sequence[Member], folder: Path, dtype: str) -> dict[
     """Write the mean of what adapters make of their base, as a full model; two models are in memory.
 
     Exact for every kind of adapter: each is merged in float32, and the mean is rounded once.
+
+    Raises:
+        AlignError: an adapter was trained on a quantized base.
     """
+    for member in members:
+        _refuse_quantized(member)
     mean: dict[str, torch.Tensor] = {}
     model: Any = None
     for member in members:
@@ -179,6 +185,18 @@ def average_merged(members: Sequence[Member], folder: Path, dtype: str) -> dict[
         | apart
         | {"method": "merge"}
     )
+
+
+def _refuse_quantized(member: Member) -> None:
+    """The weights before quantization are other ones than those that the adapter was trained on."""
+    trained_on = trained_by(artifact_of(member.home)[1]).get("model") or {}
+    bits = next((key for key in ("load_in_4bit", "load_in_8bit") if trained_on.get(key)), None)
+    if bits is not None:
+        fail(
+            f"was trained on a quantized base (`model.{bits}`), and would be merged into another one",
+            where=f"models.{member.name}: {member.path}",
+            hint="set `method: cat`, which is exact; `align merge` puts that average onto the base it was trained on",
+        )
 
 
 def _merged(member: Member) -> Any:

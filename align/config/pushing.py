@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from align.config.paths import Trouble
-from align.config.references import FORM, produces
+from align.config.references import FORM, base_of, produces
 from align.config.sections import HubSection, StageConfig
 
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]{0,95}")
@@ -61,11 +61,10 @@ def kind_of(config: StageConfig) -> str:
 
 def coming_from(config: StageConfig, stages: Mapping[str, StageConfig]) -> Coming | None:
     """What a stage will leave; None for stages that leave no model."""
-    model = getattr(config, "model", None)
-    if kind_of(config) in ("sample", "eval", "push") or model is None:
+    base = base_of(config, stages)
+    if kind_of(config) in ("sample", "eval", "push") or base is None:
         return None
-    base = model.model_name_or_path
-    return Coming(produces(config), base, tuple(_roots(base, stages, len(stages) + 1)))
+    return Coming(produces(config, stages), base, tuple(_roots(base, stages, len(stages) + 1)))
 
 
 def _roots(name: str, stages: Mapping[str, StageConfig], steps: int) -> Iterator[str]:
@@ -73,9 +72,9 @@ def _roots(name: str, stages: Mapping[str, StageConfig], steps: int) -> Iterator
     if match is None:
         yield name
         return
-    model = getattr(stages.get(match[1]), "model", None)
-    if model is not None and steps > 0:
-        yield from _roots(model.model_name_or_path, stages, steps - 1)
+    base = base_of(stages[match[1]], stages) if match[1] in stages else None
+    if base is not None and steps > 0:
+        yield from _roots(base, stages, steps - 1)
 
 
 def is_here(name: str) -> bool:
@@ -129,7 +128,7 @@ def push_troubles(
         return
     hub, coming = asked.hub, asked.coming
     if hub.merged and coming.kind == "reward adapter":
-        hint = "push the adapter, or train with `merge_adapter: true`"
+        hint = "push the adapter, or leave it merged: `merge_adapter: true` (`method: merge` of an average)"
         message = "merges a reward model's adapter, which align does not do after training"
         yield Trouble(("hub", "merged"), message, hint)
     if asked.sends_adapter and hub.base_model_id is None and is_here(coming.base):

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -80,39 +81,62 @@ def produces(config: StageConfig, stages: Mapping[str, StageConfig] | None = Non
     return "adapter" if use_peft and not merged else "policy"
 
 
+def _first(config: StageConfig) -> str:
+    """The first model of an average."""
+    return str(next(iter(config.model_dump(include={"models"})["models"].values()), ""))
+
+
 def _averaged(config: StageConfig, stages: Mapping[str, StageConfig]) -> Produces:
     """What the first model of an average is."""
-    models = config.model_dump(include={"models"})["models"]
-    return _member(config, str(next(iter(models.values()), "")), stages)
+    return _member(config, _first(config), stages)
+
+
+def _above(name: str, stages: Mapping[str, StageConfig]) -> dict[str, StageConfig]:
+    """The stages above one, which are all that it can be made of: averages cannot go in circles."""
+    return dict(takewhile(lambda item: item[0] != name, stages.items()))
 
 
 def _member(config: StageConfig, text: str, stages: Mapping[str, StageConfig]) -> Produces:
     """What one model of an average is: an earlier stage's artifact, its checkpoints, or a folder."""
     match = FORM.fullmatch(text)
-    if match and match[1] in stages and stages[match[1]] is not config:
+    if match and match[1] in stages:
         target = stages[match[1]]
         kept = config.model_dump(include={"checkpoints"})["checkpoints"] is not None
         if kept and "merge_adapter" in type(target).model_fields:
             # What a run keeps of its checkpoints are the adapters, whatever becomes of the last one.
             target = target.model_copy(update={"merge_adapter": False})
-        return produces(target, stages)
-    adapter = Path(text).expanduser() / "adapter_config.json"
-    if not adapter.is_file():
+        return produces(target, _above(match[1], stages))
+    facts = _adapter_facts(text)
+    if facts is None:
         return "policy"
-    try:
-        facts = json.loads(adapter.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "adapter"
     return "reward adapter" if facts.get("task_type") == "SEQ_CLS" else "adapter"
 
 
-def _base(config: StageConfig, stages: Mapping[str, StageConfig]) -> str:
-    """The full model that a stage's adapter sits on."""
-    if config.model_dump(include={"stage"})["stage"] == "average":
-        first = str(next(iter(config.model_dump(include={"models"})["models"].values())))
-        match = FORM.fullmatch(first)
-        return _base(stages[match[1]], stages) if match and match[1] in stages else "<its base>"
-    return str(config.model_dump(include={"model"})["model"]["model_name_or_path"])
+def _adapter_facts(folder: str) -> Mapping[str, Any] | None:
+    """adapter_config.json of a folder; empty where it cannot be read, None where there is none."""
+    file = Path(folder).expanduser() / "adapter_config.json"
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def base_of(config: StageConfig, stages: Mapping[str, StageConfig]) -> str | None:
+    """The full model that a stage starts from; an average's is that of its first model.
+
+    None for stages that start from none, and for a member of which nothing is known.
+    """
+    if config.model_dump(include={"stage"})["stage"] != "average":
+        return getattr(getattr(config, "model", None), "model_name_or_path", None)
+    first = _first(config)
+    match = FORM.fullmatch(first)
+    if match is None:
+        facts = _adapter_facts(first)
+        return first if facts is None else facts.get("base_model_name_or_path")
+    return base_of(stages[match[1]], _above(match[1], stages)) if match[1] in stages else None
 
 
 def _model_trouble(
@@ -151,7 +175,7 @@ def _model_trouble(
     if reference.pattern == "model.model_name_or_path" and kind == "adapter":
         return (
             f"needs a full model, and the stage `{name}` leaves an adapter",
-            f"set `adapter_name_or_path: {text}` and `model_name_or_path: {_base(target, stages)}`, "
+            f"set `adapter_name_or_path: {text}` and `model_name_or_path: {base_of(target, stages) or '<its base>'}`, "
             f"or `merge_adapter: true` in `{name}`",
         )
     if reference.pattern == "model.adapter_name_or_path" and kind == "policy":

@@ -26,6 +26,7 @@ KINDS = {
     "sample": "rejection sampling",
     "dpo": "direct preference optimization",
     "ppo": "proximal policy optimization",
+    "average": "an average of weights",
 }
 
 PRIVATE_KEYS = ("output_dir", "launch.", "hub.", "trainer.report_to", "data.dataset_num_proc")

@@ -248,8 +248,8 @@ def _commands(asked: Export, out: str, name: str, gguf: str | None) -> list[list
         return [["vllm", "serve", out, "--served-model-name", name]]
     if asked.format == "ollama":
         return [["ollama", "create", name, "-f", f"{out}/Modelfile"], ["ollama", "run", name]]
-    small = f"{name}-Q4_K_M.gguf"
-    file, kind = f"{name}-{GGUF_TYPES[asked.dtype]}.gguf", GGUF_TYPES[asked.dtype]
+    stem, kind = name.replace("/", "-"), GGUF_TYPES[asked.dtype]
+    small, file = f"{stem}-Q4_K_M.gguf", f"{stem}-{kind}.gguf"
     convert = ["python", "llama.cpp/convert_hf_to_gguf.py", out, "--outtype", kind]
     convert += ["--model-name", name, "--outfile", file]
     if gguf is not None:
@@ -298,7 +298,7 @@ def _converter(asked: Export) -> Path | None:
 def _convert(asked: Export, folder: Path, converter: Path, name: str) -> str:
     """Let llama.cpp's converter write the GGUF file; the weights that it read are taken away."""
     kind = asked.outtype or GGUF_TYPES[asked.dtype]
-    file = f"{name}-{kind}.gguf"
+    file = f"{name.replace('/', '-')}-{kind}.gguf"  # inside the folder, whatever the name
     command = [sys.executable, str(converter), str(folder), "--outtype", kind]
     command += ["--model-name", name, "--outfile", str(folder / file)]
     ran = subprocess.run(command, capture_output=True, text=True)

@@ -97,6 +97,14 @@ class RunFacts:
         return self.folder / "artifact"
 
     @property
+    def scores(self) -> bool:
+        """Whether it is a reward model: an average may be one too."""
+        own = read_json(self.artifact / "adapter_config.json") or {}
+        names = (read_json(self.artifact / "config.json") or {}).get("architectures") or ()
+        heads = any(str(name).endswith("ForSequenceClassification") for name in names)
+        return heads or own.get("task_type") == "SEQ_CLS"
+
+    @property
     def stage(self) -> StageFacts:
         """The run itself."""
         return self.stages[-1]
@@ -202,7 +210,6 @@ def _stage(folder: Path) -> StageFacts:
         for facts in lineage.get("inputs", [])
         if "data" in facts["kind"].split()
     )
-    model = recipe.get("model", {}).get("model_name_or_path")
     return StageFacts(
         lineage["name"],
         lineage["stage"],
@@ -212,8 +219,18 @@ def _stage(folder: Path) -> StageFacts:
         recipe,
         data,
         lineage.get("data", {}).get("train", {}).get("kept"),
-        None if "model.model_name_or_path" in made else model,
+        _start(recipe, made),
     )
+
+
+def _start(recipe: Mapping[str, Any], made: Mapping[str, str]) -> str | None:
+    """The model that a stage starts from where no stage of ours made it; of an average the first."""
+    if recipe.get("stage") != "average":
+        given = {"model.model_name_or_path": (recipe.get("model") or {}).get("model_name_or_path")}
+    else:
+        given = {f"models.{name}": path for name, path in recipe["models"].items()}
+    key, path = next(iter(given.items()))
+    return None if path is None or key in made else str(path)
 
 
 # --- data -----------------------------------------------------------------------------------

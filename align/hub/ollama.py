@@ -138,12 +138,19 @@ def modelfile(pieces: Pieces, stops: list[str], system: str | None) -> str:
     """The Modelfile of a folder with merged weights.
 
     Raises:
-        AlignError: a text with three quotes, which a Modelfile cannot hold.
+        AlignError: a text with three quotes or a quote at its end, or a stop with a quote or a line feed: a Modelfile
+            cannot hold them.
     """
     template = go_template(pieces)
     for text, name in ((template, "the chat template"), (system or "", "the system text")):
-        if '"""' in text:
-            fail(f'{name} holds """, and a Modelfile cannot', where="align export")
+        if '"""' in text or text.endswith('"'):
+            held = 'holds """' if '"""' in text else "ends in a quote"
+            hint = "export with --format gguf, or give another --system"
+            fail(f"{name} {held}, and a Modelfile cannot", where="align export", hint=hint)
+    for stop in stops:
+        if '"' in stop or "\n" in stop:
+            hint = "export with --format gguf: its readers take stops from the tokenizer"
+            fail(f"a stop cannot stand in a Modelfile: {stop!r}", where="align export", hint=hint)
     lines = ["FROM .", f'TEMPLATE """{template}"""']
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     if system:

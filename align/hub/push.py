@@ -184,7 +184,7 @@ def _prepare(asked: Push, run: RunFacts, folder: Path, *, merge_now: bool) -> fi
         fail(
             f"a run of `{run.stage.kind}` holds no model",
             where=str(run.folder),
-            hint="push a run of sft, reward, dpo or ppo",
+            hint="push a run of sft, reward, dpo, ppo or average",
         )
     files.check_allowed(artifact)
     files.check_own_base(run)
@@ -198,7 +198,7 @@ def _prepare(asked: Push, run: RunFacts, folder: Path, *, merge_now: bool) -> fi
         base.id if base else None,
         base.revision if base else None,
         adapter=run.base is not None and not merges,
-        reward=run.stage.kind == "reward",
+        reward=run.scores,
         licence=licence,
         licence_file=any(name.startswith("LICENSE") for name in texts),
         merge=read_json(model / "merge_report.json"),

@@ -35,7 +35,7 @@ from align.models.loading import (
     load_policy,
 )
 from align.models.portable import PORTABLE
-from align.models.source import artifact_of
+from align.models.source import artifact_of, trained_by
 from align.models.tokenizer import end_of_turn_ids, load_tokenizer
 from align.stopping import stoppable
 
@@ -125,6 +125,7 @@ def _merge_into(
     onto: Onto,
 ) -> dict[str, Any]:
     path, recipe = artifact_of(source)
+    recipe = trained_by(recipe)
     adapter = require_adapter(path, key="merge")
     section = _unquantized(adapter)
     tokenizer = load_tokenizer(section)

@@ -15,7 +15,7 @@ from align.errors import fail
 
 RUNS = Path("runs")
 """Where a stage that is named without its folder is looked for."""
-TRAINS = frozenset({"sft", "reward", "dpo", "ppo"})
+LEAVES_MODEL = frozenset({"sft", "reward", "dpo", "ppo", "average"})
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Source:
     name: str
     """What it is called in a heading."""
     recipe: dict[str, Any] = field(default_factory=dict)
-    """The run's recipe; empty for what is no run."""
+    """The recipe of its training (see `trained_by`); empty for what is no run."""
 
     @property
     def system_prompt(self) -> str | None:
@@ -53,6 +53,18 @@ def artifact_of(source: str) -> tuple[str, dict[str, Any]]:
     return str(run / "artifact"), yaml.safe_load(recipe.read_text(encoding="utf-8"))
 
 
+def trained_by(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe that says on what a run's model was trained: of an average, its first member's.
+
+    Empty where that member is no run, or is not there any more.
+    """
+    passed: list[dict[str, Any]] = []
+    while recipe.get("stage") == "average" and recipe not in passed:
+        passed.append(recipe)  # a folder may hold another run by now: no circles
+        recipe = artifact_of(str(next(iter((recipe.get("models") or {"": ""}).values()))))[1]
+    return {} if recipe in passed else recipe
+
+
 def find_model(given: str) -> Source:
     """The model that a user names.
 
@@ -72,7 +84,7 @@ def find_model(given: str) -> Source:
         return Source(given, given.rstrip("/").rpartition("/")[2])
     stages = (read_json(folder / "pipeline.json") or {}).get("stages")
     if stages:
-        names = [name for name, stage in stages.items() if stage.get("kind") in TRAINS]
+        names = [name for name, stage in stages.items() if stage.get("kind") in LEAVES_MODEL]
         finished = [str(folder / name) for name in names if (folder / name / "artifact").is_dir()]
         fail(
             "is the folder of a pipeline: say which stage",
@@ -81,14 +93,14 @@ def find_model(given: str) -> Source:
         )
     path, recipe = artifact_of(str(folder))
     kind = recipe.get("stage")
-    if kind is not None and kind not in TRAINS:
+    if kind is not None and kind not in LEAVES_MODEL:
         fail(
             f"is a run of `align {kind}`, which leaves no model",
             where=given,
-            hint="name a run of sft, dpo or ppo",
+            hint="name a run of sft, dpo, ppo or average",
         )
     run = Path(path).absolute()
-    return Source(path, (run.parent if recipe else run).name, recipe)
+    return Source(path, (run.parent if recipe else run).name, trained_by(recipe))
 
 
 def _refuse_unfinished(folder: Path) -> None:
@@ -103,7 +115,7 @@ def _refuse_unfinished(folder: Path) -> None:
 
 def _stage_named(given: str) -> Path | None:
     """The one finished run below `runs/` whose folder has this name."""
-    if not re.fullmatch(r"\w[\w.-]*", given):
+    if not re.fullmatch(r"\w[\w.-]*(?:@\d+)?", given):
         return None
     places = [RUNS / given, *sorted(RUNS.glob(f"*/{given}"))]
     found = [place for place in places if (place / "artifact").is_dir()]

@@ -58,4 +58,6 @@ def note_push(plan: StagePlan, asked: Asked, origin: Origin | None, artifact: fl
         plan.notes.append(f"merging takes {needed:.1f} GiB of memory (float32), {where}")
     plan.notes.append("the time of the upload is not known")
     said = "a size that is not known yet" if sent is None else size(sent)
-    plan.pushes.append(f"{said} to {hub.repo_id} ({'public' if hub.public else 'private'})")
+    branch = f"@{hub.revision}" if hub.revision else ""
+    who = "public" if hub.public else "private"
+    plan.pushes.append(f"{said} to {hub.repo_id}{branch} ({who})")

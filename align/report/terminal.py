@@ -8,7 +8,7 @@ import unicodedata
 from functools import cache
 from typing import TYPE_CHECKING
 
-from align.secrets import scrub
+from align.secrets import hide_tokens
 
 if TYPE_CHECKING:  # who only needs `sanitise` does not wait for rich
     from rich.console import Console
@@ -43,14 +43,19 @@ def sanitise(text: str) -> str:
     and tabs stay, CR LF becomes LF. Markup is not touched: put the result into `rich.text.Text`.
     Access tokens become `<secret>`.
     """
-    text = scrub(text)
+    return visible(hide_tokens(text))
+
+
+def visible(text: str) -> str:
+    """`sanitise` without a look for tokens."""
     if text.isprintable():
         return text
     return text.replace("\r\n", "\n").translate(_VISIBLE)
 
 
 class StreamSanitiser:
-    """`sanitise` for a text that comes in pieces: what comes out is what the whole text gives.
+    """`sanitise` for a text that comes in pieces: what comes out is what the whole text gives, but for an access
+    token that comes in several of them.
 
     Controls are shown one by one, so no escape sequence can come together from several pieces;
     only a CR waits for the LF that may follow it.

@@ -15,7 +15,7 @@ class PushConfig(StageConfig):
 
     stage: Literal["push"] = "push"
     run: str
-    """Run folder of sft, reward, dpo or ppo (in a pipeline the stage: `$dpo`)."""
+    """Run folder of sft, reward, dpo, ppo or average (in a pipeline the stage: `$dpo`)."""
     hub: HubSection = Field(default_factory=HubSection)
 
 

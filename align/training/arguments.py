@@ -112,9 +112,13 @@ def build(kind: type[Arguments], given: dict[str, Any], extra: dict[str, Any]) -
     if problems:
         raise AlignError(*problems)
     try:
-        return kind(**{**given, **extra})
+        found = kind(**{**given, **extra})
     except (TypeError, ValueError) as error:
         raise AlignError(Problem(str(error), "trainer")) from error
+    if found.n_gpu > 1:
+        # A process trains on one GPU, as the recipe counts rows; the Trainer would take all it sees (nn.DataParallel).
+        found._n_gpu = 1
+    return found
 
 
 def sft_arguments(config: SFTConfig, checkpoints: Path) -> trl.SFTConfig:

@@ -167,6 +167,12 @@ OF_THE_FIRST = frozenset(
 )
 """Keys that only the first PPOConfig has."""
 
+PPO_V2 = frozenset({"non_eos_penalty", "penalty_reward_value"})
+"""Keys that only PPOv2 has."""
+
+SPLIT_SINCE = "0.17"
+"""The version of TRL since which `num_mini_batches` divides a rollout; before, it multiplied one."""
+
 PLAIN: dict[str, Any] = {
     "trainer.gradient_accumulation_steps": 1,
     "trainer.adam_epsilon": 1e-8,
@@ -225,7 +231,8 @@ def fill(work: Work, title: str) -> None:
 
 def batches(work: Work) -> None:
     """Rollouts: in TRL a device's rollout is batch x accumulation, split into mini-batches; here it is batch x
-    accumulation x mini-batches. The first PPOConfig says `batch_size` for the rollout."""
+    accumulation x mini-batches, as in PPOv2 and before TRL 0.17. The first PPOConfig says `batch_size` for
+    the rollout."""
     given = work.given
     keys = ("gradient_accumulation_steps", "num_mini_batches", "batch_size", "mini_batch_size")
     accumulated = _count(given.get("gradient_accumulation_steps"))
@@ -253,10 +260,13 @@ def batches(work: Work) -> None:
     )
     if "num_mini_batches" in given:
         work.give("num_mini_batches", parts, "num_mini_batches")
-    whole = rows * accumulated
+    older = bool(PPO_V2 & set(given))
+    whole = rows * accumulated * (parts if older else 1)
     step = max(whole // parts, 1)
     micro = math.gcd(step, rows)
-    reason = "a step's; TRL counts those of a rollout" if parts > 1 else ""
+    reason = ""
+    if parts > 1 and not older:
+        reason = f"a step's; TRL counts those of a rollout (before {SPLIT_SINCE}: a step's too, so keep {accumulated})"
     if "gradient_accumulation_steps" in given or parts > 1:
         source = "gradient_accumulation_steps"
         source = source if source in given else "num_mini_batches"

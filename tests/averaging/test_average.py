@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from align.averaging.factors import cut_to
-from align.config.load import load_stage
+from align.config.load import load_pipeline, load_stage
 from align.config.sections import LoraSection
 from align.durable import read_json
 from align.errors import AlignError
@@ -290,6 +290,12 @@ def test_what_does_not_belong_together_is_refused(llama, make_llama, two, tokeni
     refused("its base is", a=two["a"], b=foreign)
     few = adapter(llama, tmp_path / "few", 1, tokenizer, lora_target_modules=["q_proj"])
     refused("`target_modules` is", a=few, b=adapter(llama, tmp_path / "all", 2, tokenizer))
+    turned = tmp_path / "turned"
+    shutil.copytree(two["b"], turned)
+    config = json.loads((turned / "adapter_config.json").read_text())
+    config["trainable_token_indices"] = config["trainable_token_indices"][::-1]
+    (turned / "adapter_config.json").write_text(json.dumps(config))
+    refused("`trainable_token_indices` is", a=two["a"], b=str(turned))
     told = tmp_path / "told"
     shutil.copytree(two["b"], told)
     changed = AutoTokenizer.from_pretrained(told)
@@ -435,3 +441,28 @@ def test_kept_checkpoints_have_to_be_there(tmp_path, monkeypatch, given, words):
     with pytest.raises(AlignError) as caught:
         load_stage("r.yaml")
     assert words in str(caught.value)
+
+
+def test_adapters_of_a_quantized_base_are_not_merged_into_another_one(two, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(two["a"], run / "artifact")
+    (run / "recipe.yaml").write_text("{stage: sft, model: {load_in_4bit: true}}")
+    models = {"a": str(run / "artifact"), "b": two["b"]}
+    with pytest.raises(AlignError, match="was trained on a quantized base"):
+        average(tmp_path / "mean", models=models, method="merge")
+    assert average(tmp_path / "mean", models=models, method="cat").is_dir()
+
+
+def test_averages_of_each_other_are_refused(tmp_path, monkeypatch):
+    """Not with an endless search for what they are made of."""
+    monkeypatch.chdir(tmp_path)
+    stages = {
+        name: {"stage": "average", "models": {"x": f"${other}", "y": "org/model"}}
+        for name, other in (("one", "two"), ("two", "one"))
+    }
+    Path("p.yaml").write_text(json.dumps({"output_dir": "runs", "stages": stages}))
+    with pytest.raises(AlignError) as caught:
+        load_pipeline("p.yaml")
+    assert [problem.message for problem in caught.value.problems] == [
+        "`one.models.x` refers to the later stage `two`"
+    ]

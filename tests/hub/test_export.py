@@ -230,10 +230,10 @@ def test_the_converter_of_a_llama_cpp_checkout_writes_the_file(run, tmp_path):
     checkout = tmp_path / "llama.cpp"
     checkout.mkdir()
     (checkout / "convert_hf_to_gguf.py").write_text(CONVERTER)
-    options = {"format": "gguf", "llama_cpp": checkout, "name": "mine"}
+    options = {"format": "gguf", "llama_cpp": checkout, "name": "../mine"}
     done = export(Export(str(run), tmp_path / "out", **options))
-    assert done["gguf"] == "mine-bf16.gguf"
-    assert (tmp_path / "out" / "mine-bf16.gguf").read_text() == "GGUF mine"
+    assert done["gguf"] == "..-mine-bf16.gguf"
+    assert (tmp_path / "out" / "..-mine-bf16.gguf").read_text() == "GGUF ../mine"
     assert not list((tmp_path / "out").glob("*.safetensors"))
     assert "mine-bf16.gguf" in done["commands"][0]
     with pytest.raises(AlignError, match="this type is not for tests"):

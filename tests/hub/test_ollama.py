@@ -166,10 +166,19 @@ def test_a_template_that_is_not_made_of_pieces_is_refused(speaking, template):
         find_pieces(speaking(template))
 
 
-def test_a_modelfile_cannot_hold_three_quotes(speaking):
+@pytest.mark.parametrize(
+    ("stops", "system", "words"),
+    [
+        ([], 'a """', 'the system text holds """'),
+        ([], 'Say "hi"', "the system text ends in a quote"),
+        (['x"\nFROM /etc'], None, "a stop cannot stand"),
+        (["\n"], None, "a stop cannot stand"),
+    ],
+)
+def test_a_modelfile_cannot_hold_every_text(speaking, stops, system, words):
     pieces = find_pieces(speaking(TEMPLATES["llama3"]))
-    with pytest.raises(AlignError, match="system text"):
-        modelfile(pieces, [], 'a """')
+    with pytest.raises(AlignError, match=words):
+        modelfile(pieces, stops, system)
 
 
 def test_templates_without_markers_render_alike(speaking):

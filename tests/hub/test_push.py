@@ -15,6 +15,8 @@ from local_hub import CANARY, Fault
 
 from align.cli import main
 from align.lineage import file_digests
+from align.runs import run_stage
+from align.stages.average import AverageConfig
 
 ADAPTER_FILES = {
     *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"),
@@ -271,6 +273,44 @@ def test_merged_weights_are_merged_once(hub, run, monkeypatch):
     sent = set(own(hub))
     assert {"model.safetensors", "config.json", "merge_report.json", "README.md"} < sent
     assert "adapter_config.json" not in sent
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "sent"),
+    [
+        ("cat", ["--base-model-id", "me/base"], "adapter_model.safetensors"),
+        ("cat", ["--merged"], "merge_report.json"),
+        ("merge", [], "model.safetensors"),
+    ],
+)
+def test_an_average_is_pushed_like_any_model(hub, base, run, method, words, sent):
+    """As an adapter, merged with a proof on its first member's rows, and as full weights."""
+    from align.models.source import find_model
+
+    both = {name: str(run / "artifact") for name in ("a", "b")}
+    given = {"output_dir": str(run.parent / "mean"), "models": both, "method": method}
+    mean = run_stage(AverageConfig.model_validate(given), quiet=True)
+    assert push(mean, *words) == 0
+    held = own(hub)
+    assert sent in held
+    assert ("adapter_config.json" in held) == (sent == "adapter_model.safetensors")
+    assert "average_report.json" not in held
+    card = held["README.md"].decode()
+    assert "an average of weights" in card
+    assert "text-generation" in card
+    assert str(run.parent) not in card
+    assert "supervised fine-tuning" in card  # the stages it was made of
+    assert find_model(str(mean)).recipe["stage"] == "sft"
+
+
+def test_an_average_of_reward_models_is_one(hub, base, reward, tmp_path):
+    both = {name: str(reward / "artifact") for name in ("a", "b")}
+    given = {"output_dir": str(tmp_path / "mean"), "models": both}
+    mean = run_stage(AverageConfig.model_validate(given), quiet=True)
+    assert push(mean, "--base-model-id", base) == 0
+    card = own(hub)["README.md"].decode()
+    assert "pipeline_tag: text-classification" in card
+    assert "AutoPeftModelForSequenceClassification" in card
 
 
 def test_a_model_made_of_llama_is_named_and_labelled_so(hub, run, llama, capfd):

@@ -68,6 +68,20 @@ def recipe(here, sft, base) -> Path:
 
 
 @pytest.fixture
+def averaged(here, sft, base) -> Path:
+    """A pipeline of two trainings, their average, and its push."""
+    stages = {
+        "one": sft,
+        "two": sft | {"trainer": sft["trainer"] | {"seed": 7}},
+        "mean": {"stage": "average", "models": {"one": "$one", "two": "$two"}},
+        "push": {"stage": "push", "run": "$mean", "repo_id": "me/model", "base_model_id": base},
+    }
+    text = yaml.safe_dump({"output_dir": "runs", "stages": stages}, sort_keys=False)
+    (here / "mean.yaml").write_text(text)
+    return here / "mean.yaml"
+
+
+@pytest.fixture
 def alone(here, sft, base) -> Path:
     """A training whose own recipe asks for the push."""
     asked = {"output_dir": "one", "hub": {"repo_id": "me/model", "base_model_id": base}}
@@ -83,9 +97,9 @@ def trained(monkeypatch) -> list[str]:
     found: list[str] = []
     opened = RunFolder._open
 
-    def noted(folder, identity):
+    def noted(folder, *given):
         found.append(folder.name)
-        opened(folder, identity)
+        opened(folder, *given)
 
     monkeypatch.setattr(RunFolder, "_open", noted)
     return found
@@ -244,6 +258,46 @@ def test_a_push_follows_what_it_pushes_and_what_the_card_says(hub, recipe, align
     assert align("run", "p.yaml", "--until", "push")[0] == 0
     assert trained == ["push"]
     assert hub.files("me/model")[MODEL] == first
+
+
+def test_an_average_at_the_end_of_a_pipeline_is_pushed(hub, averaged, align):
+    code, said = align("plan", str(averaged))
+    assert code == 0
+    assert "to me/model (private)" in said
+    assert "not known yet" not in said
+    code, said = align("run", str(averaged))
+    assert code == 0, said
+    files = hub.files("me/model")
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "me/base"
+    card = files["README.md"].decode()
+    assert all(name in card for name in ("| one |", "| two |", "| mean |"))
+    report = Path("runs/report.html").read_text(encoding="utf-8")
+    assert "out of date" not in report
+    assert "cannot be drawn" not in report
+    assert "mean leads to push" in report
+    code, said = align("report", "runs/mean")
+    assert code == 0, said
+    code, said = align("run", str(averaged))
+    assert code == 0
+    assert "nothing to do" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["push.base_model_id=null"], "nobody else can load that"),
+        (["push.base_model_id=null", "push.merged=true"], None),
+        (["push.base_model_id=null", "mean.method=merge"], None),
+        (["mean.models.one=$mean"], "refers to itself"),
+    ],
+)
+def test_what_an_average_leaves_is_known_before_it_is_made(hub, averaged, overrides, expected):
+    if expected is None:
+        assert load_pipeline("mean.yaml", overrides, ready=False).config.stages
+        return
+    with pytest.raises(AlignError) as caught:
+        load_pipeline("mean.yaml", overrides, ready=False)
+    assert expected in str(caught.value)
 
 
 def test_an_evaluation_is_part_of_a_push(run, tmp_path):

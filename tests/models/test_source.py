@@ -36,6 +36,20 @@ def test_a_run_on_4_bits_is_known_as_one():
     assert find_model(str(run("runs/q", model={"load_in_4bit": True}))).in_4bit
 
 
+def test_an_average_is_talked_to_as_its_first_member_was_trained():
+    first = run("runs/p/sft@1", model={"load_in_4bit": True}, data={"system_prompt": "Be brief."})
+    mean = {"one": str(first / "artifact"), "two": "/gone/artifact"}
+    run("runs/p/mean@2", "average", models=mean)
+    found = find_model("mean@2")
+    assert found.name == "mean@2"
+    assert (found.in_4bit, found.system_prompt) == (True, "Be brief.")
+    run("runs/p/far", "average", models={"gone": "/gone/artifact"})
+    assert find_model("far").recipe == {}
+    around = Path("runs/p/around").absolute()
+    run(str(around), "average", models={"itself": str(around / "artifact")})
+    assert find_model("around").recipe == {}
+
+
 def test_a_model_folder_and_a_hub_id_name_themselves():
     Path("merged").mkdir()
     assert find_model("merged") == Source("merged", "merged")

@@ -94,3 +94,9 @@ def test_pieces_of_a_text_are_shown_as_the_whole_text_is(pieces: list[str]) -> N
     clean = StreamSanitiser()
     shown = "".join(map(clean.feed, pieces)) + clean.finish()
     assert shown == sanitise("".join(pieces))
+
+
+def test_code_that_names_a_password_is_shown_as_it_is():
+    code = 'client = Client("https://me:pw@host", api_key=os.environ["KEY"], password=ask())'
+    assert sanitise(code) == code
+    assert sanitise("hf_abcdefghijklmnopqrstuvwxyz") == "<secret>"

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 from align.errors import AlignError
 from align.stages.sft import SFTConfig
-from align.training.arguments import sft_arguments
+from align.training.arguments import build, sft_arguments
 
 
 def config(**trainer) -> SFTConfig:
@@ -24,6 +25,18 @@ def test_extra_reaches_the_trainer(tmp_path: Path):
     assert (
         sft_arguments(config(extra={"neftune_noise_alpha": 5.0}), tmp_path).neftune_noise_alpha == 5
     )
+
+
+def test_a_process_takes_one_gpu_of_several(tmp_path: Path):
+    """The Trainer would spread a batch over all that it sees, which TRL refuses and PPO does not know."""
+
+    class Seen(TrainingArguments):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self._n_gpu = 4
+
+    assert Seen(str(tmp_path), use_cpu=True).n_gpu == 4
+    assert build(Seen, {"output_dir": str(tmp_path), "use_cpu": True}, {}).n_gpu == 1
 
 
 def test_every_wrong_extra_is_named_at_once(tmp_path: Path):

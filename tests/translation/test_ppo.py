@@ -117,6 +117,17 @@ def test_a_rollout_stays_as_large_and_has_as_many_steps(rows, accumulated, parts
     assert ours.per_device_train_batch_size <= rows, "no forward pass is larger"
 
 
+def test_before_trl_017_minibatches_multiplied_a_rollout():
+    """PPOv2's files are known by their keys; of others of that age the note says it."""
+    text = "reward_model_path: r\nsft_model_path: m\ndataset_name: d\noutput_dir: o\n"
+    text += "per_device_train_batch_size: 8\ngradient_accumulation_steps: 4\nnum_mini_batches: 2\n"
+    old, new = converted(text + "non_eos_penalty: true\n"), converted(text)
+    for config, accumulated in ((old, 4), (new, 2)):
+        assert config.trainer.per_device_train_batch_size == 8
+        assert config.trainer.gradient_accumulation_steps == accumulated
+        assert config.num_mini_batches == 2
+
+
 def test_what_trl_leaves_to_its_defaults_is_written_out():
     text = "reward_model_path: r\nsft_model_path: m\ndataset_name: d\noutput_dir: o\n"
     config = converted(text)

@@ -21,7 +21,7 @@ from align.lineage import Identity
 from align.report.html.metrics import Metrics, read_metrics
 from align.resources import display
 from align.runs import ORIGINS_FILE
-from align.stages import STAGES
+from align.stages import OUTSIDE, STAGES
 from align.standing import standing
 from align.status import PARTIAL, PIPELINE_FILE
 from align.views import value_rows
@@ -169,7 +169,8 @@ def _stage_of_pipeline(
     if name not in chosen and state in ("missing", "failed"):
         state, reasons = "off", ()
     elif state == "missing":
-        stop = next((stage for stage in before if stage.state in ("failed", "partial")), None)
+        stops = ("failed", "partial")
+        stop = next((s for s in before if s.state in stops and s.kind not in OUTSIDE), None)
         reasons = (f"the pipeline stopped at `{stop.name}`" if stop else "it has not run yet",)
     elif state == "complete":
         others = {stage.name: stage for stage in before if stage.state != "missing"}

@@ -79,14 +79,14 @@ def _edges(stages: Mapping[str, Stage]) -> list[_Edge]:
         name: [need for need in stage.needs if need in stages] for name, stage in stages.items()
     }
 
-    def above(name: str) -> set[str]:
-        return {name}.union(*(above(need) for need in needs[name]))
-
+    above: dict[str, set[str]] = {}
+    for name in stages:  # in order, each once: rounds have more ways back than can be walked
+        above[name] = {name}.union(*(above.get(need, {need}) for need in needs[name]))
     found = []
     for name, stage in stages.items():
         implied: set[str] = set()
         if stage.kind == "eval":
-            implied = implied.union(*(above(need) - {need} for need in needs[name]))
+            implied = implied.union(*(above[need] - {need} for need in needs[name]))
         found += [_Edge(need, name) for need in needs[name] if need not in implied]
     return found
 

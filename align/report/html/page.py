@@ -31,8 +31,8 @@ from align.report.html.tasks import task_table
 from align.report.html.text import clean, cut, interval, number, percent, signed, temperature
 from align.report.html.verdict import verdict
 from align.report.progress import duration, short
-from align.report.terminal import sanitise
-from align.secrets import SECRET
+from align.report.terminal import visible
+from align.secrets import hide_tokens
 
 HERE = Path(__file__).parent
 
@@ -59,7 +59,8 @@ def render(run: Run, stamp: str) -> str:
         )
     )
     # What is hidden in an escape or an attribute by a way nobody thought of ends here.
-    return sanitise(SECRET.sub("&lt;secret&gt;", page))
+    # Only tokens themselves: what follows `password=` may be markup of the page by now.
+    return visible(hide_tokens(page, "&lt;secret&gt;"))
 
 
 @cache

@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from align.report.terminal import sanitise
-from align.secrets import scrub
 
 MINUS = "−"
 
 
 def clean(text: str) -> str:
     """Text from models, data and files without access tokens, its controls and bidi marks made visible."""
-    return sanitise(scrub(text))
+    return sanitise(text)
 
 
 def cut(text: str, most: int) -> str:

@@ -7,6 +7,7 @@ from typing import Literal
 from align.report.html.exam import Exam, Row
 from align.report.html.gather import Run, Stage
 from align.report.html.text import interval, p_value, percent, signed, temperature
+from align.stages import OUTSIDE
 
 Outcome = Literal["better", "worse", "mixed", "same", "unknown", "stopped"]
 
@@ -22,8 +23,9 @@ class Verdict:
 
 def verdict(run: Run, exam: Exam | None) -> Verdict:
     """One sentence on whether it worked, and one on how that is known."""
-    stopped = next((stage for stage in run.stages if stage.state == "failed"), None)
-    stopped = stopped or next((stage for stage in run.stages if stage.state == "partial"), None)
+    held = [stage for stage in run.stages if stage.kind not in OUTSIDE]  # no stage waits for a push
+    stopped = next((stage for stage in held if stage.state == "failed"), None)
+    stopped = stopped or next((stage for stage in held if stage.state == "partial"), None)
     if stopped is not None:
         return _stopped(run, stopped)
     if exam is None:
@@ -104,7 +106,7 @@ def _stopped(run: Run, stage: Stage) -> Verdict:
 
 
 def _unmeasured(run: Run) -> Verdict:
-    missing = [s.name for s in run.stages if s.state == "missing"]
+    missing = [s.name for s in run.stages if s.state == "missing" and s.kind not in OUTSIDE]
     complete = [s.name for s in run.stages if s.state in ("complete", "changed")]
     if missing:
         head = f"Part of the way: {len(complete)} of {len(complete) + len(missing)} stages have run"

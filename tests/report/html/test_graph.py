@@ -58,3 +58,11 @@ def test_every_stage_links_to_its_section(tmp_path):
     page = drawing(tmp_path, {"sft": [], "rs": ["sft"]})
     assert page.attributes("href") == ["#stage-sft", "#stage-rs"]
     assert page.within("text").count("✓") == 2
+
+
+def test_many_rounds_are_drawn_in_no_time(tmp_path):
+    """Each round reads all before it: the ways back from the last one double with every round."""
+    needs = {str(at): [str(before) for before in range(at)] for at in range(24)}
+    page = drawing(tmp_path, needs | {"eval": ["0", "22", "23"]})
+    assert page.tags[0][1]["aria-label"].endswith("23 leads to eval")
+    assert "22 leads to eval" not in page.tags[0][1]["aria-label"]

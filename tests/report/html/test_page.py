@@ -400,3 +400,16 @@ def test_text_that_reads_from_right_to_left_is_kept_apart(tmp_path: Path) -> Non
     assert "שלום עולם" in page.text
     assert "auto" in page.attributes("dir")
     assert any(tag == "bdi" for tag, _ in page.tags)
+
+
+def test_a_push_that_failed_hides_no_verdict(complete: Path) -> None:
+    file = complete / "pipeline.json"
+    kept = json.loads(file.read_text())
+    config = {"run": "$ppo", "output_dir": "/gone/far/push"}
+    push = {"kind": "push", "needs": ["ppo"], "config": config, "failure": "the Hub answered 500"}
+    kept["stages"]["push"] = push
+    kept["chosen"].append("push")
+    file.write_text(json.dumps(kept))
+    text = page_of(complete).text
+    assert "It worked: ppo beats sft" in text
+    assert "push failed: the Hub answered 500" in text
