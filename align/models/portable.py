@@ -58,7 +58,7 @@ def make_portable(folder: Path) -> "PreTrainedTokenizerBase":
             portable_tokenizer(config) | ({"chat_template": template} if template else {})
         ),
     )
-    after: "PreTrainedTokenizerBase" = AutoTokenizer.from_pretrained(folder)
+    after: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     _check_same(before, after, folder)
     return after
 
