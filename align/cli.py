@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import typer
 
 from align import model_commands
-from align.answers import answer, crash, print_json, problems_json
-from align.errors import AlignError, Problem, fail
+from align.answers import answer, crash, mistake_in, print_json, problems_json
+from align.errors import AlignError, fail
 from align.stages import STAGES
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
@@ -50,6 +50,7 @@ SUMMARIES = {
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -74,12 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         build(words)(args=words, prog_name="align", obj=words)
     except AlignError as error:
         sys.exit(answer(error, as_json="--json" in words))
-    except PermissionError as error:
-        denied = Problem(
-            "permission denied", str(error.filename), "mend its rights, or name another"
-        )
-        sys.exit(answer(AlignError(denied), as_json="--json" in words))
     except Exception as error:
+        mistake = mistake_in(error)
+        if mistake:
+            sys.exit(answer(AlignError(mistake), as_json="--json" in words))
         if os.environ.get("ALIGN_DEBUG") == "1":
             raise
         sys.exit(crash(error))
@@ -465,7 +464,9 @@ def inspect_rows(
     rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
     sets: Sets = None,
     with_stages: With = None,
-    as_json: Json = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per row on stdout.")
+    ] = False,
 ) -> None:
     """Show what a stage really trains on: every token, and whether it is in the loss."""
     from align.selection import to_inspect

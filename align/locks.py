@@ -22,7 +22,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         AlignError: another command holds it, or the place cannot be written.
     """
-    file = folder.with_name(f".{folder.name}.lock")
+    file = _lock_file(folder)
     made = [parent for parent in file.parents if not parent.exists()]
     handle = _acquire(file, folder)
     try:
@@ -36,6 +36,27 @@ def locked(folder: Path) -> Iterator[None]:
                 parent.rmdir()
             except OSError:
                 break
+
+
+def writer_of(folder: Path) -> int | None:
+    """The process of this machine that is writing a run folder now; None where none is known.
+
+    The lock is not touched: to ask must not keep a command that starts at this moment out.
+    """
+    holder = read_json(_lock_file(folder))
+    if not isinstance(holder, dict) or holder.get("host") != platform.node():
+        return None
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except PermissionError:  # it runs, as another user
+        return int(holder["pid"])
+    except (KeyError, TypeError, ValueError, OSError):
+        return None
+    return int(holder["pid"])
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def _acquire(file: Path, folder: Path) -> int:
@@ -55,10 +76,18 @@ def _acquire(file: Path, folder: Path) -> int:
             os.close(handle)
             _refuse(file, folder)
         if _is_current(handle, file):
-            os.truncate(handle, 0)
-            os.write(handle, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+            _sign(handle)
             return handle
         os.close(handle)
+
+
+def _sign(handle: int) -> None:
+    """Write who holds the lock. On a full disk it holds without a name."""
+    try:
+        os.truncate(handle, 0)
+        os.write(handle, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+    except OSError:
+        return
 
 
 def _is_current(handle: int, file: Path) -> bool:
