@@ -67,8 +67,8 @@ def _acquire(file: Path, folder: Path) -> int:
         except OSError as error:
             fail(
                 f"cannot be written: {error.strerror}",
-                where=f"output_dir: {folder}",
-                hint="choose another output_dir, or mend the rights of the folder above it",
+                where=str(folder),
+                hint="write elsewhere (`output_dir`, --output), or mend the rights of the folder above it",
             )
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,6 +103,6 @@ def _refuse(file: Path, folder: Path) -> None:
     fail(
         "is being written by another command "
         f"(process {holder.get('pid', '?')} on {holder.get('host', '?')})",
-        where=f"output_dir: {folder}",
+        where=str(folder),
         hint="wait until it is through, or stop it: nothing is lost",
     )
