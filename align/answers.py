@@ -1,5 +1,6 @@
 """What a command says when it stops: a mistake to mend, or an unexpected error."""
 
+import errno
 import json
 import os
 import tempfile
@@ -51,6 +52,32 @@ def print_problems(error: AlignError) -> None:
         if lines >= MOST_LINES and left > 1:
             say(f"... and {left} more")
             break
+
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def mistake_in(error: BaseException) -> Problem | None:
+    """What a user can mend in an error of the system or a library; None for what is unexpected.
+
+    Libraries pass some errors of the system on as text (safetensors, torch), hence the words.
+    """
+    text, place = str(error), None
+    if isinstance(error, OSError):
+        place = str(error.filename) if error.filename else None
+        if error.errno in DENIED:
+            read_only = error.errno == errno.EROFS
+            message = "is on a disk that may only be read" if read_only else "permission denied"
+            return Problem(message, place, "mend its rights, or name another")
+    full = isinstance(error, OSError) and error.errno in FULL
+    if full or "No space left on device" in text or "Disk quota exceeded" in text:
+        hint = "make room (`align plan` says how much is needed); the same command goes on from what is complete"
+        return Problem("the disk is full, or your quota is used up", place, hint)
+    if type(error).__name__ == "SafetensorError":
+        hint = "`align runs FOLDER` names runs with damaged files; run the stage again, or copy the model anew"
+        return Problem(f"a .safetensors file is damaged ({text})", place, hint)
+    return None
 
 
 def answer(error: AlignError, *, as_json: bool = False) -> int:

@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from align import model_commands, recipe_commands
-from align.answers import answer, crash, print_json
-from align.errors import AlignError, Problem, fail
+from align.answers import answer, crash, mistake_in, print_json
+from align.errors import AlignError, fail
 from align.recipe_commands import Json, Recipe, Sets, With, tell_notes
 from align.startup import QUIET, make_ready
 
@@ -48,12 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         build(words)(args=words, prog_name="align", obj=words)
     except AlignError as error:
         sys.exit(answer(error, as_json="--json" in words))
-    except PermissionError as error:
-        denied = Problem(
-            "permission denied", str(error.filename), "mend its rights, or name another"
-        )
-        sys.exit(answer(AlignError(denied), as_json="--json" in words))
     except Exception as error:
+        mistake = mistake_in(error)
+        if mistake:
+            sys.exit(answer(AlignError(mistake), as_json="--json" in words))
         if os.environ.get("ALIGN_DEBUG") == "1":
             raise
         sys.exit(crash(error))

@@ -22,7 +22,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         AlignError: another command holds it, or the place cannot be written.
     """
-    file = folder.with_name(f".{folder.name}.lock")
+    file = _lock_file(folder)
     made = [parent for parent in file.parents if not parent.exists()]
     handle = _acquire(file, folder)
     try:
@@ -38,6 +38,27 @@ def locked(folder: Path) -> Iterator[None]:
                 break
 
 
+def writer_of(folder: Path) -> int | None:
+    """The process of this machine that is writing a run folder now; None where none is known.
+
+    The lock is not touched: to ask must not keep a command that starts at this moment out.
+    """
+    holder = read_json(_lock_file(folder))
+    if not isinstance(holder, dict) or holder.get("host") != platform.node():
+        return None
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except PermissionError:  # it runs, as another user
+        return int(holder["pid"])
+    except (KeyError, TypeError, ValueError, OSError):
+        return None
+    return int(holder["pid"])
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
 def _acquire(file: Path, folder: Path) -> int:
     while True:
         try:
@@ -46,8 +67,8 @@ def _acquire(file: Path, folder: Path) -> int:
         except OSError as error:
             fail(
                 f"cannot be written: {error.strerror}",
-                where=f"output_dir: {folder}",
-                hint="choose another output_dir, or mend the rights of the folder above it",
+                where=str(folder),
+                hint="write elsewhere (`output_dir`, --output), or mend the rights of the folder above it",
             )
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,10 +76,18 @@ def _acquire(file: Path, folder: Path) -> int:
             os.close(handle)
             _refuse(file, folder)
         if _is_current(handle, file):
-            os.truncate(handle, 0)
-            os.write(handle, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+            _sign(handle)
             return handle
         os.close(handle)
+
+
+def _sign(handle: int) -> None:
+    """Write who holds the lock. On a full disk it holds without a name."""
+    try:
+        os.truncate(handle, 0)
+        os.write(handle, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+    except OSError:
+        return
 
 
 def _is_current(handle: int, file: Path) -> bool:
@@ -74,6 +103,6 @@ def _refuse(file: Path, folder: Path) -> None:
     fail(
         "is being written by another command "
         f"(process {holder.get('pid', '?')} on {holder.get('host', '?')})",
-        where=f"output_dir: {folder}",
+        where=str(folder),
         hint="wait until it is through, or stop it: nothing is lost",
     )

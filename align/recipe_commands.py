@@ -103,7 +103,9 @@ def inspect_rows(
     rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
     sets: Sets = None,
     with_stages: With = None,
-    as_json: Json = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per row on stdout.")
+    ] = False,
 ) -> None:
     """Show what a stage really trains on: every token, and whether it is in the loss."""
     from align.selection import to_inspect

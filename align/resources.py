@@ -4,6 +4,7 @@ In a checkout the folders `recipes/` and `datasets/` stand beside the package; a
 holds them in `align/_shipped/`.
 """
 
+import itertools
 import re
 import shutil
 from collections.abc import Sequence
@@ -77,7 +78,7 @@ class ShippedRecipe(NamedTuple):
     kind: str
     """A stage, or `pipeline`."""
     summary: str
-    """The first line of its header comment."""
+    """The first sentence of its header comment."""
     path: Path
 
 
@@ -91,10 +92,16 @@ def shipped_recipes() -> list[ShippedRecipe]:
         is_pipeline = re.search(r"^stages:", text, re.M)
         if stage or is_pipeline:
             name = path.relative_to(root).with_suffix("").as_posix()
-            header = text.partition("\n")[0].lstrip("# ")
             kind = stage.group(1) if stage else "pipeline"
-            found.append(ShippedRecipe(name, kind, header, path))
+            found.append(ShippedRecipe(name, kind, _first_sentence(text), path))
     return found
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence of the comment at the top of a file, over as many lines as it takes."""
+    comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    words = " ".join(line.lstrip("# ") for line in comment)
+    return re.split(r"(?<=\.)\s+|\s{3,}", words, maxsplit=1)[0]
 
 
 def find_recipe(name: str, *, beside: Path | None = None) -> Path:
@@ -157,7 +164,8 @@ def copy_recipe(name: str, destination: Path | None = None) -> list[Path]:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
     except OSError as error:
-        fail(f"cannot be written ({error.strerror})", where=str(error.filename))
+        hint = "name another place: `align recipes copy NAME FOLDER`"
+        fail(f"cannot be written ({error.strerror})", where=str(error.filename), hint=hint)
     return copies
 
 

@@ -209,15 +209,18 @@ class RunFolder:
         self._write_summary()
 
     def record_failure(self, error: BaseException) -> Path | None:
-        """Append the traceback to the log of this process and return it; None without a folder."""
+        """Append the traceback to this process's log and return it; None without a folder or room for it."""
         if not self.path.exists():  # the main process took it away after a refusal
             return None
         rank = os.environ.get("RANK", "0")
         log = self.path / ("log.txt" if self.is_main else f"log-rank{rank}.txt")
         text = "".join(traceback.format_exception(error))
-        with log.open("a", encoding="utf-8") as handle:
-            handle.write(f"attempt {self.attempt}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-            handle.write(scrub(text) + "\n")
+        try:
+            with log.open("a", encoding="utf-8") as handle:
+                handle.write(f"attempt {self.attempt}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+                handle.write(scrub(text) + "\n")
+        except OSError:  # a full disk: the error itself must not be lost over its log
+            return None
         return log
 
     def _open(self, identity: Identity, origins: Mapping[str, str] | None) -> None:
@@ -435,12 +438,12 @@ def _run_in(folder: RunFolder) -> Path:
         raise
     except Exception as error:
         log = folder.record_failure(error)
-        if log is None:
-            raise
         where = str(folder.path)
-        if _disk_is_full(error, folder.path):
+        if folder.path.exists() and _disk_is_full(error, folder.path):
             hint = "free some space; the same command goes on"
             fail("the disk is full", where=where, hint=hint)
+        if log is None:
+            raise
         if type(error).__name__ == "OutOfMemoryError":
             fail("the GPU ran out of memory", where=where, hint=f"{SMALLER} (traceback in {log})")
         error.add_note(f"The traceback is in {log}; the same command goes on from there.")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from align.config.load import Loaded, is_pipeline, load_pipeline, load_stage, read_recipe
 from align.config.sections import StageConfig
 from align.config.suggest import nearest
-from align.errors import fail
-from align.resources import SUFFIXES, shipped_recipes
+from align.errors import AlignError, fail
+from align.resources import SUFFIXES, find_recipe, shipped_recipes
 
 if TYPE_CHECKING:
     from align.status import StageStatus
@@ -98,6 +98,13 @@ def _refuse_no_run(place: str) -> None:
             known, hint = True, f"`align {recipe.kind} --recipe {recipe.name}` makes it"
     if known or folder.parts[:1] == ("runs",):
         fail("there is no run yet", where=place, hint=hint)
+    try:
+        find_recipe(place)
+    except AlignError as error:
+        near = error.problems[0].hint or ""
+        hint = "`align runs` lists the runs below runs/, `align recipes list` the recipes"
+        hint = near if near.startswith(("did you mean", "one of")) else hint
+        fail("is no folder and no recipe", where=place, hint=hint)
 
 
 def run_folder(place: str) -> Path:
@@ -109,7 +116,10 @@ def run_folder(place: str) -> Path:
     folder = Path(place)
     if not folder.is_dir() and not folder.with_name(f"{folder.name}.partial").is_dir():
         _refuse_no_run(place)
-        output = str(read_recipe(place)[0].data.get("output_dir"))
+        output = read_recipe(place)[0].data.get("output_dir")
+        if not isinstance(output, str):
+            hint = "name a pipeline's folder, as in `align report runs/tiny`, or a run folder"
+            fail("says no `output_dir`, so there is no run of it to find", where=place, hint=hint)
         folder = Path(output).expanduser()
         if not folder.is_dir() and not folder.with_name(f"{folder.name}.partial").is_dir():
             hint = f"`align run {place}` or the stage's own command makes it"

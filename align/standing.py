@@ -27,12 +27,14 @@ def standing(output: Path, identity: Identity) -> Standing:
     if not isinstance(lineage, dict) or "outputs" not in lineage:
         return Standing("foreign")
     missing = tuple(
-        f"artifact/{name} is missing or has another size"
+        name
         for name, facts in lineage["outputs"]["files"].items()
         if _size(output / "artifact" / name) != facts["size"]
     )
     if missing:
-        return Standing("damaged", missing)
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        reason = f"artifact/{missing[0]} is missing or has another size{more}"
+        return Standing("damaged", (reason,))
     if lineage.get("fingerprint") == identity.fingerprint:
         return Standing("unchanged")
     return Standing("changed", tuple(differences(lineage.get("parts", {}), identity.parts)))

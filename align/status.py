@@ -16,6 +16,7 @@ from align.config.sections import StageConfig
 from align.durable import folder_size, read_json
 from align.errors import AlignError, fail
 from align.lineage import Identity, identify
+from align.locks import writer_of
 from align.pushes import is_pushed
 from align.runs import output_path, partial_path
 from align.standing import standing
@@ -96,6 +97,8 @@ class StageStatus:
     """Last logged step of an unfinished run."""
     summary: Mapping[str, Any] = field(default_factory=dict)
     """Seconds, attempts and key metrics."""
+    process: int | None = None
+    """The process of this machine that is at work on it now."""
 
     def as_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -140,6 +143,7 @@ def _stage_status(
         size=folder_size(output) + folder_size(partial),
         step=_last_step(home) if home == partial else None,
         summary=read_json(home / "summary.json") or {},
+        process=writer_of(output) if home == partial else None,
     )
 
 
@@ -151,7 +155,7 @@ def _compare(
     names |= {"damaged": "damaged", "foreign": "foreign"}
     again = [other for other in plan.needs(name) if before[other].state != "complete"]
     identity: Identity | None = None
-    trouble: tuple[str, ...] = tuple(f"`{other}` comes first" for other in again)
+    trouble: tuple[str, ...] = ("runs after " + ", ".join(again),) if again else ()
     if not again:
         try:
             identity = identify(plan.resolved(name))
@@ -209,6 +213,7 @@ def run_status(folder: Path) -> StageStatus:
         size=folder_size(output) + folder_size(partial),
         step=_last_step(home) if home == partial else None,
         summary=read_json(home / "summary.json") or {},
+        process=writer_of(output) if home == partial else None,
     )
 
 
@@ -243,6 +248,7 @@ def _run_at(folder: Path, root: Path) -> StageStatus:
         reasons = standing_there.reasons
     elif not folder.name.endswith(".partial"):
         reasons = ("set aside for another recipe",)
+    whole = folder.name.removesuffix(".partial") if folder.name.endswith(".partial") else None
     return StageStatus(
         folder.relative_to(root).as_posix(),
         str(lineage.get("stage", "?")),
@@ -252,4 +258,5 @@ def _run_at(folder: Path, root: Path) -> StageStatus:
         size=folder_size(folder),
         step=_last_step(folder) if state == "partial" else None,
         summary=read_json(folder / "summary.json") or {},
+        process=writer_of(folder.with_name(whole)) if state == "partial" and whole else None,
     )

@@ -1,5 +1,8 @@
 """What the light commands print: keys, resolved values, shipped recipes."""
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,15 +53,18 @@ def value_rows(
 
 
 def print_recipes() -> None:
-    """The shipped recipes: name, stage, first line of the header."""
+    """The shipped recipes: name, stage, first sentence of the header; in a terminal it is wrapped."""
     from align.report.terminal import say
     from align.resources import shipped_recipes
 
     recipes = shipped_recipes()
     widest = max((len(recipe.name) for recipe in recipes), default=0)
+    indent = " " * (widest + 12)
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
     for recipe in recipes:
         line = f"{recipe.name:<{widest}}  {recipe.kind:<8}  {recipe.summary}"
-        say(line.rstrip(), results=True)
+        width = max(columns, len(indent) + 20)
+        say("\n".join(textwrap.wrap(line, width, subsequent_indent=indent)), results=True)
 
 
 def print_names() -> None:

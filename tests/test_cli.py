@@ -362,7 +362,7 @@ def test_status_before_the_first_run_says_what_makes_it(align, place, words):
     assert (code, out) == (2, "")
     assert "there is no run yet" in err
     assert words in err
-    assert "no such recipe" in align("status", "tiny/pipelin")[2]
+    assert "did you mean `tiny/pipeline`?" in align("status", "tiny/pipelin")[2]
 
 
 # --- ends -------------------------------------------------------------------------------------
@@ -453,3 +453,51 @@ def test_denied_files_are_a_mistake_to_mend(monkeypatch, capsys):
         cli.main(["status", "runs"])
     assert stopped.value.code == 2
     assert "/data/rows.jsonl: permission denied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "/data/x"), "/data/x: the disk is full"),
+        (OSError(30, "Read-only file system", "/data/x"), "/data/x: is on a disk that may only"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+    ],
+)
+def test_errors_of_the_disk_are_mistakes_to_mend(monkeypatch, capsys, error, said):
+    def broken(_words):
+        raise error
+
+    monkeypatch.setattr(cli, "build", broken)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["status", "runs"])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_damaged_weights_file_is_a_mistake_to_mend(monkeypatch, capsys, tmp_path):
+    from safetensors import safe_open
+
+    (tmp_path / "model.safetensors").touch()
+
+    def load(_words):
+        safe_open(tmp_path / "model.safetensors", framework="np")
+
+    monkeypatch.setattr(cli, "build", load)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["chat", "x"])
+    assert stopped.value.code == 2
+    assert "a .safetensors file is damaged" in capsys.readouterr().err
+
+
+def test_what_is_neither_a_folder_nor_a_recipe_is_said_so(align):
+    for command in ("status", "report"):
+        code, _, err = align(command, "nowhere")
+        assert code == 2
+        assert "nowhere: is no folder and no recipe" in err
+
+
+def test_a_report_of_a_recipe_without_a_folder_names_the_recipe(align):
+    Path("empty.yaml").touch()
+    code, _, err = align("report", "empty.yaml")
+    assert code == 2
+    assert "empty.yaml: says no `output_dir`" in err

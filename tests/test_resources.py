@@ -110,3 +110,10 @@ def test_accelerate_configs_by_name_and_by_file(here):
     (here / "mine.yaml").write_text("num_processes: 2\n")
     assert accelerate_config("mine.yaml") == here / "mine.yaml"
     assert accelerate_config("none") is None
+
+
+def test_a_recipe_is_listed_with_a_whole_sentence() -> None:
+    listed = {recipe.name: recipe.summary for recipe in resources.shipped_recipes()}
+    assert listed["llama3-8b/sft"] == "Llama 3 8B, instruction SFT with LoRA on UltraChat."
+    assert listed["llama3-8b/ppo"].endswith(".")  # over two lines of the file
+    assert not [summary for summary in listed.values() if summary.endswith((",", " the"))]

@@ -392,3 +392,24 @@ def test_access_tokens_are_scrubbed() -> None:
     assert "0123abc" not in scrub("WANDB_API_KEY=0123abc")
     assert scrub("eos_token=<|eot_id|> max_new_tokens=5") == "eos_token=<|eot_id|> max_new_tokens=5"
     assert scrub_arguments(["align", "--hub-token", "plain", "--name", "x"])[2] == "<secret>"
+
+
+def test_a_full_disk_that_takes_no_log_is_said_in_words(tmp_path: Path, rows: Path, monkeypatch):
+    def full(config: SFTConfig, folder: RunFolder) -> None:
+        (folder.parts / "0.json").touch()
+        (folder.path / "log.txt").mkdir()  # a log that cannot be written
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fake_stages, "run", full)
+    with pytest.raises(AlignError, match="the disk is full"):
+        run_stage(sft(tmp_path, rows))
+
+
+def test_a_full_disk_leaves_no_lock_behind(tmp_path: Path, monkeypatch) -> None:
+    def full(handle: int, text: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with locked(tmp_path / "run"):
+        assert tree(tmp_path) == [".run.lock"]
+    assert tree(tmp_path) == []

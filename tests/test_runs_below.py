@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from test_floors import HEAVY
 
 from align.cli import main
 from align.lineage import digest_of
+from align.locks import locked
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -85,3 +87,24 @@ def test_a_folder_without_runs_says_so(tmp_path, capsys):
             main(["runs", str(place)])
         assert end.value.code == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_run_that_is_being_written_says_so(runs, capsys):
+    with locked(runs / "b"):
+        found = listed(runs, capsys)
+        assert found["b.partial"]["process"] == os.getpid()
+        assert found["b.partial"]["state"] == "partial"
+        assert found["b.partial-0123abcd"]["process"] is None
+        with pytest.raises(SystemExit):
+            main(["runs", str(runs)])
+        assert "running (step 7)" in capsys.readouterr().out
+    assert listed(runs, capsys)["b.partial"]["process"] is None
+
+
+def test_the_lock_file_of_a_killed_process_is_no_process(runs, capsys):
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    left = {"pid": child.pid, "host": platform.node()}
+    for content in (json.dumps(left), "", "[]", json.dumps({"pid": "x", "host": platform.node()})):
+        (runs / ".b.lock").write_text(content)
+        assert listed(runs, capsys)["b.partial"]["process"] is None

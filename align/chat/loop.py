@@ -23,7 +23,7 @@ COMMANDS = {
     "/system [TEXT]": "show the system text, or set it (`/system -` for none)",
     "/undo": "take the last turn back",
     "/retry": "answer the last turn once more, with other draws",
-    "/save FILE": "write the chat as rows of `messages` (jsonl); nothing is overwritten",
+    "/save FILE": "write the chat as rows of `messages` (jsonl), never over a file",
     "/exit": "leave, as Ctrl-D does",
 }
 NOTES = """Ctrl-C stops an answer and keeps the chat. A line that ends in \\ goes on in the next one.
@@ -145,7 +145,7 @@ class Chat:
         if word not in actions:
             near = nearest(word, [*actions, "/exit"])
             hint = f"did you mean `{near}`?" if near else "`/help` lists the commands"
-            fail(f"no such command: {word}", hint=f"{hint} `//` begins a turn with a slash")
+            fail(f"no such command: {word}", hint=f"{hint}; `//` begins a turn with a slash")
         actions[word](rest)
         return True
 

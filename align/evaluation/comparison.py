@@ -26,6 +26,7 @@ from align.generation.answers import Prompt
 from align.generation.samples import as_json
 from align.lineage import identify
 from align.locks import locked
+from align.models.identity import require_reward_model
 from align.models.loading import policy_section
 from align.models.source import artifact_of, find_model, two_names
 from align.report.terminal import say
@@ -140,6 +141,8 @@ def _config(asked: Comparison, rows: str) -> EvalConfig:
     for source in sources:
         policy_section(source.path)  # a reward model is refused before anything is loaded
     reward_model = None if asked.reward_model is None else artifact_of(asked.reward_model)[0]
+    if reward_model is not None:
+        require_reward_model(reward_model)
     config = EvalConfig(
         output_dir="",
         models={name: source.path for name, source in zip(names, sources, strict=True)},

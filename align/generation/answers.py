@@ -132,7 +132,7 @@ def say_positions(name: str, model: Any, prompts: Sequence[Prompt], max_new_toke
     if limit is not None and longest > limit:
         say(
             f"{name}: warning: prompts and answers of up to {longest} tokens go beyond the "
-            f"{limit} positions of the model; lower data.max_length or generation.max_new_tokens",
+            f"{limit} positions of the model: shorter answers (max_new_tokens) or prompts (data.max_length) fit",
             style="yellow",
         )
 

@@ -39,8 +39,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def model_file(path: str, name: str, revision: str | None) -> Path | None:
-    """The file `name` of a local folder or a Hub repository; None where there is no such file."""
+def model_file(
+    path: str, name: str, revision: str | None, *, only_here: bool = False
+) -> Path | None:
+    """The file `name` of a local folder or a Hub repository; None where there is no such file.
+
+    With `only_here` the Hub is not asked: what was downloaded before counts.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
@@ -59,6 +64,7 @@ def model_file(path: str, name: str, revision: str | None) -> Path | None:
             path,
             name,
             revision=revision or "main",
+            local_files_only=only_here,
             _raise_exceptions_for_missing_entries=False,
         )
     except OSError as error:
@@ -68,6 +74,15 @@ def model_file(path: str, name: str, revision: str | None) -> Path | None:
             hint="check the name; for gated models (Llama) accept the licence and `hf auth login`",
         )
     return Path(found) if found else None
+
+
+def _hub_is_silent(path: str, name: str, revision: str | None) -> bool:
+    """Whether the Hub was asked for a file that is not here and said neither yes nor no."""
+    if Path(path).expanduser().exists():
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    return try_to_load_from_cache(path, name, revision=revision or "main") is None
 
 
 def artifact_hint(path: str) -> str | None:
@@ -91,7 +106,14 @@ def look_at(path: str, revision: str | None = None) -> Artifact:
         return Artifact(
             path, kind, adapter.get("base_model_name_or_path"), adapter.get("revision"), adapter
         )
-    config_file = model_file(path, "config.json", revision)
+    silent = _hub_is_silent(path, "adapter_config.json", revision)
+    config_file = model_file(path, "config.json", revision, only_here=silent)
+    if config_file is None and silent:
+        fail(
+            "is no folder here, and the Hub cannot be asked: no connection, or HF_HUB_OFFLINE is set",
+            where=path,
+            hint="check the spelling of a folder; a Hub id needs a connection, or `hf download` beforehand",
+        )
     if config_file is None:
         fail(
             "holds neither config.json nor adapter_config.json",
@@ -132,6 +154,18 @@ def require_full_model(path: str, revision: str | None = None, *, key: str) -> A
             "is a reward model, but a policy (a language model) is needed",
             where=f"{key}: {path}",
             hint="name the base or SFT model; a reward model belongs under `reward_model`",
+        )
+    return found
+
+
+def require_reward_model(path: str) -> Artifact:
+    """The artifact at `path` if it is a trained reward model; AlignError with the way out if not."""
+    found = look_at(path)
+    if found.kind in ("policy", "adapter"):
+        fail(
+            "is a policy (a language model), but a reward model is needed",
+            where=f"reward_model: {path}",
+            hint="train one with `align reward`, or name a sequence classifier with one label",
         )
     return found
 

@@ -24,6 +24,7 @@ from align.models.identity import (
     look_at,
     require_adapter,
     require_full_model,
+    require_reward_model,
 )
 from align.models.tokenizer import load_tokenizer
 
@@ -126,6 +127,19 @@ def _attach(base: PreTrainedModel, adapter: str, base_path: str, *, trainable: b
     return attached
 
 
+def check_model(model: ModelSection) -> Artifact:
+    """Refuse what is no full model, and what is no adapter where one is named. Reads no weights.
+
+    For the beginning of a stage: before rows are turned into tokens, which may take long.
+    """
+    found = require_full_model(
+        model.model_name_or_path, model.model_revision, key="model_name_or_path"
+    )
+    if model.adapter_name_or_path is not None:
+        require_adapter(model.adapter_name_or_path, key="adapter_name_or_path")
+    return found
+
+
 def load_policy(model: ModelSection, *, trained: bool = False, train_base: bool = False) -> Model:
     """The language model that a stage starts from, with the adapter the section names.
 
@@ -139,15 +153,12 @@ def load_policy(model: ModelSection, *, trained: bool = False, train_base: bool 
         top, and the reference of DPO is exactly this model), or stays an adapter of a PeftModel
         (mode `continue`, and on a quantized base that is only read).
     """
-    checkpoint = require_full_model(
-        model.model_name_or_path, model.model_revision, key="model_name_or_path"
-    )
+    checkpoint = check_model(model)
     arguments = load_arguments(model, checkpoint, trained=train_base)
     base = _from_pretrained(AutoModelForCausalLM, model.model_name_or_path, arguments)
     adapter = model.adapter_name_or_path
     if adapter is None:
         return base
-    require_adapter(adapter, key="adapter_name_or_path")
     quantized = model.load_in_4bit or model.load_in_8bit
     if model.adapter_mode == "continue" or (quantized and not trained):
         return _attach(base, adapter, model.model_name_or_path, trainable=trained)
@@ -315,13 +326,7 @@ def load_reward_model(
 
     `like` gives the type and quantization of the base, as the stage that trained it had them.
     """
-    found = look_at(path)
-    if found.kind in ("policy", "adapter"):
-        fail(
-            "is a policy (a language model), but a reward model is needed",
-            where=f"reward_model: {path}",
-            hint="train one with `align reward`, or name a sequence classifier with one label",
-        )
+    found = require_reward_model(path)
     if found.kind == "reward":
         section = _with_weights_of(like, model_name_or_path=path)
         model: Model = load_reward_base(section, found, train_base=False)

@@ -251,11 +251,21 @@ def _texts(
             where="--data",
             hint="give a file or a data card, as in `--data rows.jsonl`",
         )
-    if kind == "prompts":
-        rows = (rendered := prompt_rows(section, tokenizer)).train
-    else:
-        rendered = training_rows(section, tokenizer, kind)
-        rows = rendered.train if rendered.test is None else rendered.test
+    try:
+        if kind == "prompts":
+            rows = (rendered := prompt_rows(section, tokenizer)).train
+        else:
+            rendered = training_rows(section, tokenizer, kind)
+            rows = rendered.train if rendered.test is None else rendered.test
+    except AlignError as error:
+        if data is not None:
+            raise
+        found = error.problems[0]
+        fail(
+            f"the run's own rows, on which the proof compares both models, cannot be read: {found.message}",
+            where=found.where,
+            hint="name other text for the proof: --data FILE (or a data card)",
+        )
     own = "training data" if rendered.test is None else "held out"
     ids = _chosen([_ids(row, kind) for row in rows])
     facts = {

@@ -60,9 +60,18 @@ def check_room(policy: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> N
             f"{len(long)} of {len(prompts)} prompts with an answer of {max_new_tokens} tokens are longer than the "
             f"model's context of {limit} (the longest prompt has {len(worst.ids)} tokens)",
             where=f"data, {worst.where}",
-            hint="lower generation.max_new_tokens, or leave long prompts out: data.max_length: "
-            f"{max(1, int(limit or 0) - max_new_tokens)} with data.truncation_mode: drop",
+            hint=_more_room(int(limit or 0) - max_new_tokens, len(worst.ids), int(limit or 0)),
         )
+
+
+def _more_room(left: int, longest: int, limit: int) -> str:
+    """The ways out where `left` positions are too few for a prompt of `longest` tokens."""
+    fit = f" to {limit - longest}" if limit > longest else ""
+    shorter = f"lower generation.max_new_tokens{fit}"
+    if left < 1:
+        return shorter
+    drop = f"data.max_length: {left} with data.truncation_mode: drop"
+    return f"{shorter}, or leave long prompts out: {drop}"
 
 
 def _with_adapters(config: PPOConfig, policy: Any, tokenizer: PreTrainedTokenizerBase) -> Roles:

@@ -65,7 +65,8 @@ def status_table(stages: Sequence[StageStatus], *, runs: bool = False) -> Table:
     for head in (first, "state", third, "size", "time", "metrics"):
         table.add_column(head, justify="right" if head in ("size", "time") else "left")
     for stage in stages:
-        state = stage.state if stage.step is None else f"{stage.state} (step {stage.step})"
+        state: str = stage.state if stage.process is None else "running"
+        state += "" if stage.step is None else f" (step {stage.step})"
         seconds = stage.summary.get("seconds")
         metrics = ", ".join(f"{key} {value}" for key, value in key_metrics(stage.summary))
         cells = (

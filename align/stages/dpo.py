@@ -70,12 +70,13 @@ def run(config: DPOConfig, folder: "RunFolder") -> None:
         expose_trained_head,
         lora_config,
     )
-    from align.models.loading import check_vocabulary, load_policy
+    from align.models.loading import check_model, check_vocabulary, load_policy
     from align.models.tokenizer import load_tokenizer
     from align.training.arguments import dpo_arguments
     from align.training.fitting import fit, save_policy
     from align.training.trainers import DPOTrainer as Trainer
 
+    check_model(config.model)
     check_joinable(config.model, config.lora, merge_adapter=config.merge_adapter)
     set_seed(config.trainer.seed)
     arguments = dpo_arguments(config, folder.checkpoints)

@@ -60,9 +60,12 @@ def run(config: EvalConfig, folder: "RunFolder") -> None:
     from align.evaluation.results import make_results
     from align.evaluation.sheets import make_sheets, write_answers
     from align.evaluation.tables import results_view
+    from align.models.identity import require_reward_model
     from align.report.terminal import console
 
     check_names(config)
+    if config.reward_model is not None:
+        require_reward_model(config.reward_model)
     answers = answer_all(config, folder)
     sheets = make_sheets(config, answers)
     if not folder.is_main:

@@ -81,9 +81,12 @@ def run(config: SampleConfig, folder: "RunFolder") -> None:
     from align.generation.rejection import demonstrations, draw_missing, rule_groups
     from align.generation.samples import PartFiles, write_lines
     from align.generation.yields import say_report, yield_report
+    from align.models.identity import require_reward_model
     from align.models.tokenizer import load_tokenizer
 
     check_scorer(config.scorer)
+    if config.scorer.reward_model is not None:
+        require_reward_model(config.scorer.reward_model)
     rule = resolve("pair rule", config.pairs.pair_rule)
     check_options(config.pairs.pair_rule, rule, config.pairs.rule_options)
     tokenizer = load_tokenizer(config.model)

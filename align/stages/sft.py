@@ -51,12 +51,13 @@ def run(config: SFTConfig, folder: "RunFolder") -> None:
 
     from align.data.rendering import training_rows
     from align.models.adapters import check_joinable, expose_trained_head, lora_config
-    from align.models.loading import check_vocabulary, load_policy
+    from align.models.loading import check_model, check_vocabulary, load_policy
     from align.models.tokenizer import load_tokenizer
     from align.training.arguments import sft_arguments
     from align.training.fitting import fit, save_policy
     from align.training.trainers import SFTTrainer as Trainer
 
+    check_model(config.model)
     check_joinable(config.model, config.lora, merge_adapter=config.merge_adapter)
     set_seed(config.trainer.seed)
     arguments = sft_arguments(config, folder.checkpoints)

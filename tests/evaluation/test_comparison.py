@@ -197,6 +197,8 @@ def test_a_stopped_comparison_goes_on_behind_the_first_model(models, prompts, mo
 def test_mistakes_are_told_before_anything_is_loaded(models, prompts, reward_model, tmp_path):
     with pytest.raises(AlignError, match="is a reward model, but a policy"):
         compare(asked((models[0], reward_model), prompts))
+    with pytest.raises(AlignError, match="but a reward model is needed"):
+        compare(asked(models, prompts, reward_model=models[0]))
     with pytest.raises(AlignError, match="no judge is called `letter`"):
         compare(asked(models, prompts, judge="letter"))
     with pytest.raises(AlignError, match="is no jsonl file"):

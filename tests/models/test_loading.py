@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from align.config.sections import LoraSection, ModelSection
 from align.errors import AlignError
 from align.models.adapters import lora_config, save_adapter
-from align.models.identity import write_base_identity
+from align.models.identity import look_at, write_base_identity
 from align.models.loading import (
+    check_model,
     load_any_policy,
     load_policy,
     load_reward_model,
@@ -168,3 +169,17 @@ def test_identity_file_is_readable(adapter):
     identity = json.loads((adapter / "base_identity.json").read_text())
     assert identity["shape"]["num_hidden_layers"] == 2
     assert len(identity["weights_sha256"]) == 64
+
+
+def test_a_hub_that_cannot_be_asked_is_said_so():
+    with pytest.raises(AlignError, match="the Hub cannot be asked"):
+        look_at("no-such-org/no-such-model")
+
+
+def test_a_model_is_checked_without_its_weights(adapter, llama, tmp_path):
+    shutil.copy(llama / "config.json", tmp_path)
+    assert check_model(section(tmp_path)).kind == "policy"
+    with pytest.raises(AlignError, match="is a LoRA adapter"):
+        check_model(section(adapter))
+    with pytest.raises(AlignError, match="is a full model, but an adapter is needed"):
+        check_model(section(tmp_path, adapter_name_or_path=str(llama)))

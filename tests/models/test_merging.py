@@ -1,6 +1,7 @@
 """Merged weights: the proof holds, measures what it says, and leaves nothing behind when it fails."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,16 @@ def test_a_nan_in_the_adapter_is_refused(llama, rows, tmp_path):
     with pytest.raises(AlignError, match=r"NaN|differs"):
         merge(str(folder), tmp_path / "merged", data=rows)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_run_whose_rows_are_gone_asks_for_others(adapter, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(adapter, run / "artifact")
+    recipe = {"stage": "sft", "data": {"dataset_name": str(tmp_path / "gone.jsonl")}}
+    (run / "recipe.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(AlignError, match=r"gone.jsonl: the run's own rows.*\n.*--data FILE"):
+        merge(str(run), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_of_a_quantized_base_is_merged_into_the_full_weights(llama, rows, tmp_path):

@@ -455,6 +455,9 @@ def test_prompts_beyond_the_context_are_refused_with_their_row(llama):
         check_room(policy, [short, Prompt(6, [1] * 505, {"prompt": "x"})], 12)
     assert "row 7" in str(error.value)
     assert "500" in str(error.value)
+    with pytest.raises(AlignError) as error:
+        check_room(policy, [Prompt(6, [1] * 38, {"prompt": "x"})], 512)
+    assert error.value.problems[0].hint == "lower generation.max_new_tokens to 474"
 
 
 def test_dropout_is_off_for_good(llama):
