@@ -75,6 +75,9 @@ ROOMS = {
 }
 """Packages whose code decides a stage's result; a stage not named here depends on all of them."""
 
+KEPT = "kept"
+"""Folder of a run with the weights of its last checkpoints, for `align average`."""
+
 NOT_IN_CODE = (
     *("training/callbacks.py", "training/checkpoints.py", "tiny/pretrain.py"),
     *("models/merging.py", "models/source.py"),
@@ -239,6 +242,18 @@ def _named_inputs(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _kept_inputs(inputs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The kept checkpoints of the runs whose artifacts are averaged, by content."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, facts in inputs.items():
+        artifact = Path(facts["path"]).expanduser()
+        kept = (artifact.parent if artifact.name == "artifact" else artifact) / KEPT
+        if key.startswith("models.") and kept.is_dir():
+            digest = folder_digest(kept, MODEL_FILES)
+            found[f"{key}/{KEPT}"] = {"path": str(kept), "kind": "checkpoints", "sha256": digest}
+    return found
+
+
 def _code_inputs(recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The files behind reward functions `FILE.py:NAME`; in the recipe each stands by its number and function.
 
@@ -280,6 +295,8 @@ def identify(config: StageConfig) -> Identity:
     """
     recipe = dict(leaves(scrubbed(config.model_dump(mode="json"))))
     inputs = _named_inputs(recipe) | _code_inputs(recipe)
+    if recipe.get("checkpoints") is not None:
+        inputs |= _kept_inputs(inputs)
     for key in [key for key in recipe if key in inputs or _any(key, DATA_KEYS)]:
         del recipe[key]
     data = getattr(config, "data", None)

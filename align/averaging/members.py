@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from align.config.sections import ModelSection
 from align.durable import read_json, write_json
 from align.errors import fail
+from align.lineage import KEPT
 from align.models.identity import (
     IDENTITY_FILE,
     Artifact,
@@ -23,7 +24,7 @@ from align.models.identity import (
 )
 from align.models.tokenizer import load_tokenizer
 from align.stages.average import AverageConfig
-from align.training.checkpoints import CHECKPOINT, KEPT
+from align.training.checkpoints import CHECKPOINT
 
 SINGLE, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 

@@ -16,15 +16,12 @@ from torch import distributed
 
 from align.durable import free_name, read_json, rename, sync_tree, write_json
 from align.environment import is_main
-from align.lineage import folder_files, read_sha256
+from align.lineage import KEPT, folder_files, read_sha256
 from align.report.terminal import say
 
 MANIFEST = "manifest.json"
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-KEPT = "kept"
-"""Folder of a finished run with the weights of its last checkpoints, where the recipe asks for them."""
 
 WEIGHTS = re.compile(r"(adapter_)?(model|config)[\w.-]*\.(safetensors|json)")
 """Files of a checkpoint that make a model or an adapter of it."""

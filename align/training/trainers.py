@@ -71,6 +71,8 @@ class _TokenPairs(_SameTypes):
 class _SharedPairs(_TokenPairs):
     """Batches of pairs are computed without padding and with each prompt once, by models that give the same that way.
 
+    With dropout both sides of a pair get one mask for what they share.
+
     Args:
         padding_free: False computes the padded rows. The first batch decides whether the model can do without.
     """

@@ -396,6 +396,10 @@ def test_the_last_checkpoints_of_a_run_are_averaged(llama, tmp_path, use_peft):
     assert not torch.allclose(expected, logits(run / "artifact"), atol=1e-3)
     with pytest.raises(AlignError, match=r"keeps 2 checkpoints, and 3 are asked for"):
         average(tmp_path / "more", models={"sft": str(run / "artifact")}, checkpoints=3)
+    for weights in (run / "kept" / "checkpoint-4").glob("*.safetensors"):
+        shutil.copyfile(run / "kept" / "checkpoint-6" / weights.name, weights)
+    with pytest.raises(AlignError, match="other content"):  # what was averaged is no longer there
+        average(tmp_path / "mean", models={"sft": str(run / "artifact")}, checkpoints=2)
 
 
 @pytest.mark.slow
