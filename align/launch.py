@@ -218,7 +218,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         launch_command(given)
     except ChildFailedError as error:
-        return _code(error.get_first_failure()[1].exitcode)
+        return _code_of_all([failure.exitcode for failure in error.failures.values()])
     except subprocess.CalledProcessError as error:
         return _code(error.returncode)
     except SignalException as error:
@@ -226,6 +226,15 @@ def main(arguments: Sequence[str]) -> int:
     except (ImportError, ValueError, OSError) as error:
         fail(f"accelerate cannot launch: {error}", where=f"launch.accelerate: {given.config_file}")
     return 0
+
+
+def _code_of_all(codes: Sequence[int]) -> int:
+    """The exit code of processes that failed together: of one that failed by itself, where there is one.
+
+    When one fails, the launcher ends the others with a signal; which of them it names as the first is chance.
+    """
+    ended = (-signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGKILL)
+    return _code(next((code for code in codes if code not in ended), codes[0]))
 
 
 def _code(code: int) -> int:

@@ -13,6 +13,7 @@ from align.config.sections import LaunchSection
 from align.errors import AlignError
 from align.launch import (
     ACCELERATE_MARK,
+    _code_of_all,
     adopt_slurm,
     check_world,
     first_host,
@@ -334,3 +335,11 @@ def test_a_signal_reaches_every_process_once(tmp_path):
     out, _ = process.communicate(timeout=60)
     assert out.count("SIGNALS 1") == 2
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [([2], 2), ([-15, 2], 2), ([143, 2], 2), ([1, -9], 1), ([-15, -15], 143), ([-11], 139)],
+)
+def test_of_processes_that_fail_together_the_one_that_failed_by_itself_counts(codes, expected):
+    assert _code_of_all(codes) == expected
