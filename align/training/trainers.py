@@ -83,7 +83,12 @@ class _SharedPairs(_TokenPairs):
         # A router's load is balanced over the tokens of the batch as it stands.
         balanced = getattr(self, "aux_loss_enabled", False)
         self._models = [one for one in models if one is not None]
-        able = padding_free and not balanced and all(map(can_flatten, self._models))
+        # On a CPU the check's forward pass would change how bitsandbytes holds its weights, and a resumed run with it.
+        packed = any(
+            getattr(one, "is_quantized", False) and one.device.type == "cpu" for one in self._models
+        )
+        able = padding_free and not balanced and not packed
+        able = able and all(map(can_flatten, self._models))
         self.shares_prompts: bool | None = None if able else False
         """Whether prompts are shared; None before the first batch."""
 
