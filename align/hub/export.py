@@ -19,13 +19,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from align.config.sections import ModelSection
-from align.durable import read_json, rename, sync_tree, write_json, write_text
+from align.durable import read_json, write_json, write_text
 from align.errors import fail
 from align.generation.answers import stop_ids
 from align.hub.facts import is_local
 from align.hub.ollama import find_pieces, modelfile
 from align.lineage import file_digests, folder_files
-from align.locks import locked
 from align.models.adapters import name_base
 from align.models.identity import IDENTITY_FILE, Artifact, look_at
 from align.models.loading import check_vocabulary, load_policy, policy_section
@@ -33,7 +32,7 @@ from align.models.merging import MAX_KL, REPORT, SHARD, Dtype, merge
 from align.models.portable import make_portable
 from align.models.source import Source, find_model
 from align.models.tokenizer import end_of_turn_ids, load_tokenizer
-from align.stopping import stoppable
+from align.outputs import new_folder
 
 Format = Literal["gguf", "vllm", "ollama"]
 
@@ -82,25 +81,10 @@ def export(asked: Export) -> dict[str, Any]:
     converter = _converter(asked)
     if asked.adapter and asked.format != "vllm":
         fail("only vLLM serves an adapter over its base", where="--adapter", hint="leave it out")
-    partial = output.with_name(f".{output.name}.exporting")
-    with stoppable(), locked(output):
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            fail(
-                "is there already, and nothing is overwritten",
-                where=f"--output {output}",
-                hint="choose another folder, or move this one away",
-            )
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed export left
-        try:
-            done = _write(asked, source, section, partial, converter)
-            for file in folder_files(partial):
-                file.chmod(0o644)
-            sync_tree(partial)
-            if output.exists():
-                output.rmdir()
-            rename(partial, output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(output, "exporting") as partial:
+        done = _write(asked, source, section, partial, converter)
+        for file in folder_files(partial):
+            file.chmod(0o644)
     return done
 
 

@@ -7,7 +7,6 @@ bfloat16, gives another model; the proof reads the saved files back and measures
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +19,10 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from align.config.sections import DataSection, ModelSection
-from align.durable import read_json, rename, sync_tree, write_json
+from align.durable import read_json, write_json
 from align.environment import library_version
 from align.errors import AlignError, fail
 from align.lineage import MODEL_FILES, file_digests, file_sha256, folder_digest, folder_files
-from align.locks import locked
 from align.models.identity import Artifact, base_weights_digest, look_at, require_adapter
 from align.models.loading import (
     DTYPES,
@@ -37,7 +35,7 @@ from align.models.loading import (
 from align.models.portable import PORTABLE
 from align.models.source import artifact_of, trained_by
 from align.models.tokenizer import end_of_turn_ids, load_tokenizer
-from align.stopping import stoppable
+from align.outputs import new_folder
 
 if TYPE_CHECKING:
     from align.data.token_rows import Kind
@@ -93,25 +91,9 @@ def merge(
     Raises:
         AlignError: no adapter, another base than the adapter's own, no text, or a KL above `max_kl`.
     """
-    output = output.expanduser().absolute()
-    with stoppable(), locked(output):
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            fail(
-                "is there already, and nothing is overwritten",
-                where=f"--output {output}",
-                hint="choose another folder, or move this one away",
-            )
-        partial = output.with_name(f".{output.name}.merging")
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed merge left
-        try:
-            partial.mkdir(parents=True)
-            report = _merge_into(partial, source, dtype, data, split, max_kl, onto)
-            sync_tree(partial)
-            if output.exists():
-                output.rmdir()
-            rename(partial, output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(output.expanduser().absolute(), "merging") as partial:
+        partial.mkdir(parents=True)
+        report = _merge_into(partial, source, dtype, data, split, max_kl, onto)
     return report
 
 
