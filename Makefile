@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test check bench bench-ppo seeds wheel clean
+.PHONY: setup demo test explore check bench bench-ppo seeds wheel clean
 
 setup: $(READY)
 
@@ -19,6 +19,11 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 	$(BIN)/python -m pytest -n 2 -m slow
+
+explore: $(READY)  # the property tests on new random examples, ten times over
+	for turn in 1 2 3 4 5 6 7 8 9 10; do \
+	  HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -n 2 -m "not slow" $$(grep -rl "from hypothesis" tests --include="test_*.py") || exit 1; \
+	done
 
 check: $(READY)
 	$(BIN)/ruff check .

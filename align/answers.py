@@ -70,6 +70,8 @@ def mistake_in(error: BaseException) -> Problem | None:
             read_only = error.errno == errno.EROFS
             message = "is on a disk that may only be read" if read_only else "permission denied"
             return Problem(message, place, "mend its rights, or name another")
+        if error.errno == errno.ENAMETOOLONG:
+            return Problem("is longer than the name of a file can be", place, "give another name")
     full = isinstance(error, OSError) and error.errno in FULL
     if full or "No space left on device" in text or "Disk quota exceeded" in text:
         hint = "make room (`align plan` says how much is needed); the same command goes on from what is complete"

@@ -12,6 +12,13 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+from hypothesis import settings
+
+# `make test` draws the same examples each time, so that it says something of the tree it runs on and nothing of luck;
+# `make explore` draws new ones.
+settings.register_profile("repeatable", derandomize=True, database=None)
+settings.register_profile("explore", derandomize=False, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # A job in the background (`make test &`, nohup) begins with Ctrl-C ignored, and tests send it to themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -444,6 +444,16 @@ def test_other_processes_say_one_line(align, monkeypatch):
     assert len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "command", ["status", "show", "validate", "plan", "report", "merge", "push", "runs", "chat"]
+)
+@pytest.mark.parametrize("place", ["{}", "runs/{}", "{}/artifact"])
+def test_names_that_no_file_can_have_are_a_mistake_to_mend(align, command, place):
+    code, _, err = align(command, place.format("a" * 300))
+    assert code == 2, err
+    assert "unexpected" not in err
+
+
 def test_denied_files_are_a_mistake_to_mend(monkeypatch, capsys):
     def denied(_words):
         raise PermissionError(13, "Permission denied", "/data/rows.jsonl")

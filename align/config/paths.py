@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from align.config.problems import KeyPath
 from align.config.suggest import nearest
-from align.resources import SUFFIXES, accelerate_config, accelerate_names, find_path
+from align.resources import SUFFIXES, accelerate_config, accelerate_names, exists, find_path
 
 MODEL_KEYS = (
     "model.model_name_or_path",
@@ -33,7 +33,7 @@ FILE_KEYS = ("model.chat_template_path", "launch.accelerate")
 PATH_KEYS = (*MODEL_KEYS, *DATA_KEYS, *FILE_KEYS)
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
-HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+HUB_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]{1,96}")
 TEMPLATES = Path(__file__).parent.parent / "models" / "templates"
 
 
@@ -94,7 +94,7 @@ def locate(pattern: str, path: KeyPath, name: str, beside: Path) -> str | Troubl
     """The usable form of one path-like value, or what is wrong with it."""
     if pattern == "launch.accelerate":
         return _locate_accelerate(path, name, beside)
-    if pattern == "model.chat_template_path" and (TEMPLATES / f"{name}.jinja").is_file():
+    if pattern == "model.chat_template_path" and exists(TEMPLATES / f"{name}.jinja"):
         return name
     is_data = pattern in DATA_KEYS
     found = find_path(name, beside=beside, rooms=("datasets",) if is_data else ())
@@ -121,10 +121,11 @@ def locate(pattern: str, path: KeyPath, name: str, beside: Path) -> str | Troubl
 def _near_a_folder(path: KeyPath, name: str, beside: Path) -> Trouble | None:
     """What is wrong with `runs/tinny` where the folder `runs` is here: that is no Hub id."""
     first, slash, rest = name.partition("/")
-    folder = next((place / first for place in (Path.cwd(), beside) if (place / first).is_dir()), "")
+    places = (Path.cwd() / first, beside / first)
+    folder = next((place for place in places if exists(place) and place.is_dir()), None)
     if not slash or not folder:
         return None
-    close = nearest(rest, [entry.name for entry in Path(folder).iterdir()])
+    close = nearest(rest, [entry.name for entry in folder.iterdir()])
     hint = f"did you mean `{first}/{close}`?" if close else f"looked in {folder}"
     hint += f" (for a Hub id, work where there is no folder `{first}`)"
     return Trouble(path, "names no file or folder", hint)

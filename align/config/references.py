@@ -11,6 +11,7 @@ from align.config.paths import DATA_KEYS, MODEL_KEYS, Trouble, path_values, put
 from align.config.problems import KeyPath
 from align.config.sections import StageConfig
 from align.config.suggest import nearest
+from align.resources import exists
 
 FORM = re.compile(r"\$([A-Za-z_][\w-]*(?:@\d+)?)(?:/(.+))?")
 """`$name`, `$name/file`; `$name@2` is a stage of the second round."""
@@ -115,7 +116,7 @@ def _member(config: StageConfig, text: str, stages: Mapping[str, StageConfig]) -
 def _adapter_facts(folder: str) -> Mapping[str, Any] | None:
     """adapter_config.json of a folder; empty where it cannot be read, None where there is none."""
     file = Path(folder).expanduser() / "adapter_config.json"
-    if not file.is_file():
+    if not exists(file):
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from typing import Any
 from align.config.yaml import read
 from align.errors import AlignError
 from align.plan.shapes import Shape, find_shape, known
-from align.resources import find_path
+from align.resources import exists, find_path
 
 MOST_STEPS = 8
 """Recipes that are followed from one to the next."""
@@ -36,9 +36,9 @@ def find_origin(name: str, folder: Path, *, steps: int = 0) -> Origin:
         AlignError: a Hub id whose shape is not known offline.
     """
     place = Path(name).expanduser()
-    if (place / "adapter_config.json").is_file():
+    if exists(place / "adapter_config.json"):
         return _adapter(place, name, folder, steps)
-    if (place / "config.json").is_file():
+    if exists(place / "config.json"):
         shape = find_shape(name)
         dtype = shape.config.get("dtype") or shape.config.get("torch_dtype") or "float32"
         return Origin(name, shape, str(dtype))

@@ -8,6 +8,7 @@ from typing import Any
 from align.config.names import DPO_LOSSES
 from align.config.yaml import Document
 from align.errors import fail
+from align.resources import exists
 from align.translation import (
     axolotl_rules,
     llamafactory_rules,
@@ -379,7 +380,7 @@ def _hold_out(work: Work) -> None:
     if {"data.test_split_size", "data.dataset_test_split"} & set(work.data):
         return
     name = str(work.data.get("data.dataset_name", ""))
-    local = (work.folder / name).exists() or Path(name).exists()
+    local = exists(work.folder / name) or exists(Path(name))
     if work.tool in ("trl", "handbook") and name and not local:
         work.add("data.dataset_test_split", "test", f"{TITLES[work.tool]}'s default")
         return

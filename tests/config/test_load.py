@@ -368,6 +368,26 @@ def test_missing_folders_are_told_with_key_and_line(name):
     assert "names no file or folder" in problem.message
 
 
+@pytest.mark.parametrize(
+    "name", ["a" * 300, f"{'a' * 300}/b", f"runs/{'a' * 300}", f"./{'a' * 300}"]
+)
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.model_name_or_path",
+        "model.adapter_name_or_path",
+        "model.chat_template_path",
+        "data.dataset_name",
+        "launch.accelerate",
+    ],
+)
+def test_a_name_that_no_file_can_have_is_told_or_left_to_the_hub(tmp_path, key, name):
+    (tmp_path / "runs").mkdir()
+    with suppress(AlignError):
+        assert config(BASE, f"{key}={name}").model_dump()["stage"] == "sft"
+        assert name.endswith("/b")  # a Hub organisation may be as long as it likes
+
+
 def test_a_name_below_a_folder_that_is_here_is_no_hub_id(tmp_path):
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
     (problem,) = problems(BASE.replace("org/base", "runs/tinny"))
