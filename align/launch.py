@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import MutableMapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -136,16 +137,13 @@ def check_world(launch: LaunchSection) -> None:
             "align starts its own processes",
         )
     kind = str(_config(launch)[1].get("distributed_type")) if launch.accelerate else ""
-    for name, variable in SHARDED.items():
-        on = os.environ.get(variable, "").lower() == "true"
-        if kind == name and not on:
+    for name in SHARDED:
+        if kind == name and not _on(name):
             fail(
                 f"asks for {name}, and the launcher did not turn it on",
                 where=f"launch.accelerate: {launch.accelerate}",
                 hint="use `accelerate launch --config_file` with that file, or no launcher",
             )
-        if on:
-            _require_gpu(name)
     if world is not None and world > 1:
         _join(world)
 
@@ -159,24 +157,41 @@ def _refuse_silent_single() -> NoReturn:
     )
 
 
-def _require_gpu(kind: str) -> None:
-    import torch
+def _on(kind: str) -> bool:
+    return os.environ.get(SHARDED[kind], "").lower() == "true"
 
-    if not torch.accelerator.is_available():
-        fail(
-            f"{kind} needs a GPU, and there is none (accelerate would turn it off silently)",
-            where="launch.accelerate",
-            hint="use `--accelerate ddp`, or a machine with GPUs",
-        )
+
+def join_state() -> Any:
+    """Join the process group, for as long as a main process may work alone while the others wait.
+
+    The first PartialState decides for the whole process: without `cpu=True` it takes a machine without GPUs for a
+    single process, whatever was launched. With it accelerate turns FSDP and DeepSpeed off without a word, which both
+    run on CPUs too, over gloo.
+    """
+    import torch
+    from accelerate import DistributedType, PartialState
+
+    patience = {"timeout": timedelta(hours=2)}
+    if torch.accelerator.is_available():
+        return PartialState(**patience)
+    if _on("DEEPSPEED"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        try:
+            import deepspeed.ops
+        except ImportError:
+            fail("DeepSpeed is not installed", where="launch", hint="`pip install deepspeed`")
+
+        # A quicker collective between CPUs, which would need a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        return PartialState(backend="gloo", **patience)
+    state = PartialState(cpu=True, **patience)
+    if _on("FSDP"):
+        state.distributed_type = DistributedType.MULTI_GPU  # of which accelerate makes FSDP
+    return state
 
 
 def _join(world: int) -> None:
-    """Join the process group. The first PartialState decides for the whole process: without
-    `cpu=True` it takes a machine without GPUs for a single process, whatever was launched."""
-    import torch
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = join_state()
     # A process that ends with its group still open may abort in gloo's threads, work done or not.
     atexit.register(state.destroy_process_group)
     if state.num_processes != world:
@@ -202,8 +217,6 @@ def main(arguments: Sequence[str]) -> int:
     given = launch_command_parser().parse_args(list(arguments))
     config = read(Path(given.config_file), given.config_file).data
     gpus = torch.accelerator.device_count()
-    if config.get("distributed_type") in SHARDED:
-        _require_gpu(config["distributed_type"])
     if given.num_processes is None:
         given.num_processes = config.get("num_processes") or gpus
         if not given.num_processes:

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from align.environment import is_main, world_size
 from align.errors import AlignError
+from align.launch import join_state
 
 Result = TypeVar("Result")
 
@@ -12,16 +13,7 @@ Result = TypeVar("Result")
 def wait_for_all() -> None:
     """Come back when every process of the launch is here."""
     if world_size() > 1:
-        _join().wait_for_everyone()
-
-
-def _join() -> Any:
-    """The process group of this launch. Without `cpu=True` accelerate would take a machine
-    without GPUs for a single process."""
-    import torch
-    from accelerate import PartialState
-
-    return PartialState(cpu=not torch.accelerator.is_available())
+        join_state().wait_for_everyone()
 
 
 def on_main(decide: Callable[[], Result]) -> tuple[Result | None, bool]:
@@ -40,7 +32,7 @@ def on_main(decide: Callable[[], Result]) -> tuple[Result | None, bool]:
     if world_size() > 1:
         from accelerate.utils import broadcast_object_list
 
-        _join()
+        join_state()
         broadcast_object_list(verdict, from_process=0)
     if verdict[0] is not None:
         told = AlignError(*verdict[0])

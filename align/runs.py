@@ -21,9 +21,10 @@ from typing import Any
 import yaml
 
 from align.config.sections import StageConfig
+from align.config.sharding import sharding_in_force, sharding_troubles
 from align.durable import free_name, read_json, rename, sync_tree, write_json, write_text
 from align.environment import environment, is_main, keep_freed_memory
-from align.errors import AlignError, fail
+from align.errors import AlignError, Problem, fail
 from align.launch import check_world
 from align.lineage import (
     Identity,
@@ -410,6 +411,7 @@ def run_stage(
     stage = str(config.model_dump(include={"stage"})["stage"])
     name, output = name or stage, output_path(config)
     check_world(config.launch)
+    _check_sharding(config)
     with stoppable(), locked(output) if is_main() else nullcontext():
         opened, to_do = on_main(lambda: _prepare(config, name, quiet, origins))
         if not to_do:
@@ -426,6 +428,14 @@ def run_stage(
         _run_in(folder)
         push_complete(config, output, name)
         return output
+
+
+def _check_sharding(config: StageConfig) -> None:
+    """Refuse what a launcher's FSDP or ZeRO-3 does not allow; those of the recipe were told when it was read."""
+    found = sharding_troubles(config, sharding_in_force())
+    problems = [Problem(one.message, ".".join(map(str, one.key)), one.hint) for one in found]
+    if problems:
+        raise AlignError(*problems)
 
 
 def _run_in(folder: RunFolder) -> Path:

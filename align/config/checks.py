@@ -27,6 +27,7 @@ from align.config.sections import (
     StageConfig,
     TrainerSection,
 )
+from align.config.sharding import asked_sharding, sharding_troubles
 from align.config.suggest import nearest
 from align.registry import Kind, check, check_reward, code_file
 
@@ -52,6 +53,7 @@ def troubles(config: StageConfig) -> Iterator[Trouble]:
             yield from _evaluation(trainer, data)
     if isinstance(values.get("hub"), HubSection):
         yield from plain_troubles(config)
+    yield from sharding_troubles(config, asked_sharding(config.launch))
     checks = {"dpo": _dpo, "sample": _sample, "eval": _eval, "ppo": _ppo, "average": _average}
     if own := checks.get(values["stage"]):
         yield from own(config)

@@ -16,8 +16,13 @@ LOGITS_AT_ONCE = 2**28
 class RewardScorer:
     """Reads rewards from a sequence classifier with one label, at the last token of a sequence."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, *, sharded: bool = False
+    ) -> None:
+        """With `sharded` only passes of the whole model are made, in which its weights are brought together: every
+        process has to ask for as many sequences as the others."""
         self.model = model
+        self.sharded = sharded
         self.pad_id = int(tokenizer.pad_token_id)
         self._base = unwrapped(model)
         self._device = next(model.parameters()).device
@@ -29,7 +34,9 @@ class RewardScorer:
         last id that is not the pad token's instead, which fails where a text ends in that token.
         """
         rewards = [0.0] * len(sequences)
-        with inference(self.model):
+        # Buffers of sharded weights that are made in inference mode could not be used in training.
+        quick = torch.inference_mode(not self.sharded)
+        with inference(self.model), quick, torch.no_grad():
             for places in by_length([len(s) for s in sequences], batch_size):
                 batch = self._score_batch([sequences[place] for place in places])
                 for place, reward in zip(places, batch, strict=True):
@@ -45,7 +52,7 @@ class RewardScorer:
         ids = torch.tensor(padded, device=self._device)
         mask = (torch.arange(width, device=self._device) < lengths[:, None]).long()
         head = getattr(self._base, "score", None)
-        if head is None:  # encoders have pooling of their own, which reads the mask
+        if head is None or self.sharded:  # encoders have pooling of their own, which reads the mask
             logits = self.model(input_ids=ids, attention_mask=mask).logits
         else:
             backbone = getattr(self._base, self._base.base_model_prefix)

@@ -135,9 +135,22 @@ def expose_trained_head(model: PreTrainedModel | PeftModel) -> None:
         head.bias = None
 
 
-def save_adapter(model: PeftModel, folder: Path, *, base: str, revision: str | None) -> None:
-    """Save the trained adapter alone, with the base it belongs to written as the user named it."""
-    model.save_pretrained(folder, selected_adapters=["default"], safe_serialization=True)
+def save_adapter(
+    model: PeftModel,
+    folder: Path,
+    *,
+    base: str,
+    revision: str | None,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Save the trained adapter alone, with the base it belongs to written as the user named it.
+
+    Args:
+        weights: of a sharded model, brought together; else the model's own are taken.
+    """
+    model.save_pretrained(
+        folder, selected_adapters=["default"], safe_serialization=True, state_dict=weights
+    )
     # PEFT's card is an empty template; a card is written where one is asked for.
     (folder / "README.md").unlink(missing_ok=True)
     name_base(folder, base=base, revision=revision)

@@ -202,10 +202,10 @@ def inference_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _placed(model: Model) -> Model:
+def _placed(model: Model, device: torch.device | None = None) -> Model:
     model.eval()
     quantized = getattr(model, "is_quantized", False)
-    return model if quantized else model.to(inference_device())
+    return model if quantized else model.to(device or inference_device())
 
 
 def _adapter_parts(found: Artifact) -> tuple[str, str]:
@@ -320,11 +320,12 @@ def _with_weights_of(like: ModelSection | None, **given: str) -> ModelSection:
 
 
 def load_reward_model(
-    path: str, like: ModelSection | None = None
+    path: str, like: ModelSection | None = None, *, device: torch.device | None = None
 ) -> tuple[Model, PreTrainedTokenizerBase]:
     """A trained reward model: an adapter with its score head, or a full sequence classifier.
 
-    `like` gives the type and quantization of the base, as the stage that trained it had them.
+    `like` gives the type and quantization of the base, as the stage that trained it had them; `device` is this
+    process's GPU where it is not said.
     """
     found = require_reward_model(path)
     if found.kind == "reward":
@@ -343,4 +344,4 @@ def load_reward_model(
         )
     tokenizer = load_tokenizer(section)
     model.config.pad_token_id = tokenizer.pad_token_id
-    return _placed(model), tokenizer
+    return _placed(model, device), tokenizer

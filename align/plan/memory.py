@@ -55,6 +55,8 @@ class Training:
     loss: Loss = "tiles"
     shards: int = 1
     """Devices that weights, gradients and optimizer are spread over (FSDP, ZeRO-3)."""
+    master_weights: bool = False
+    """Trained weights are kept and their gradients summed in float32, while 16-bit copies compute (FSDP2)."""
     weights_on_host: bool = False
     """Sharded weights live in host memory between uses."""
     replicas: int = 1
@@ -224,6 +226,8 @@ def training_memory(given: Training) -> Memory:
     """The largest of the phases of a step: loss, first block backward, last gradients, update."""
     shape, tokens = given.shape, given.tokens
     base = weight_bytes(shape, given.weights, given.embedding_bytes)
+    if given.master_weights:
+        base = 4.0 * shape.parameters
     trained = given.adapter or shape.parameters
     each = given.adapter_bytes if given.adapter else base / shape.parameters
     states = 0.0 if given.optimizer_on_host else optimizer_bytes(given.optimizer, each) * trained
@@ -306,7 +310,8 @@ def _gathered(given: Training, *, gradients: bool = False) -> float:
         return whole
     if not gradients:
         return whole + (2 * given.shape.embedding if given.weights == "float32" else 0)
-    return whole + sizes * (6 if given.weights == "float32" else 2)
+    summed_in_float32 = given.weights == "float32" or given.master_weights
+    return whole + sizes * (6 if summed_in_float32 else 2)
 
 
 def generation_memory(

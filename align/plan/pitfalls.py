@@ -103,12 +103,6 @@ def _hardware(config: Any, gpu: Gpu) -> Iterator[Problem]:
             "model.attn_implementation",
             "leave it out (sdpa)",
         )
-    if config.launch.accelerate in ("fsdp2", "zero3"):
-        yield Problem(
-            f"`{config.launch.accelerate}` shards the weights, which align's stages refuse so far",
-            "launch.accelerate",
-            "use `ddp`; LoRA or QLoRA makes large models fit",
-        )
 
 
 def _training(plan: StagePlan, config: Any) -> Iterator[Problem]:
@@ -117,7 +111,7 @@ def _training(plan: StagePlan, config: Any) -> Iterator[Problem]:
         return
     trainer = config.trainer
     if not given.adapter:
-        if given.weights in ("bfloat16", "float16"):
+        if given.weights in ("bfloat16", "float16") and not given.master_weights:
             yield Problem(
                 f"all weights are trained in {given.weights}: updates below 1/256 of a weight vanish",
                 "model.dtype",

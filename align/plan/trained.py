@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.references import is_reference
+from align.config.sharding import SHARDED_STAGES, asked_sharding
 from align.errors import AlignError
 from align.plan.memory import (
     CONTEXT,
@@ -95,6 +96,8 @@ def _leave(plan: StagePlan, config: Any, origin: Origin, given: Training) -> Res
     """Disk of the run, and what later stages find."""
     shape, trainer = given.shape, config.trainer
     merged = getattr(config, "merge_adapter", False) or not given.adapter
+    if given.master_weights:
+        given = replace(given, weights="float32")
     each = (
         given.adapter_bytes
         if given.adapter
@@ -241,6 +244,11 @@ def _step(plan: StagePlan, config: Any, setting: Setting, origin: Origin) -> Tra
     kwargs = trainer.extra.get("gradient_checkpointing_kwargs")
     if kwargs:
         plan.notes.append("`extra.gradient_checkpointing_kwargs` is not in the estimate")
+    autocast = gpu.bfloat16 if trainer.bf16 is None else trainer.bf16
+    shards = plan.gpus if asked_sharding(config.launch) and plan.kind in SHARDED_STAGES else 1
+    master = shards > 1 and not adapter and autocast
+    if master:
+        weights, autocast = "bfloat16", False
     return Training(
         shape,
         tokens=trainer.per_device_train_batch_size * sides * plan.length,
@@ -250,10 +258,12 @@ def _step(plan: StagePlan, config: Any, setting: Setting, origin: Origin) -> Tra
         optimizer=trainer.optim,
         optimizer_on_host="paged" in trainer.optim,
         checkpointing="full" if trainer.gradient_checkpointing else "none",
-        autocast=gpu.bfloat16 if trainer.bf16 is None else trainer.bf16,
+        autocast=autocast,
         dropout=config.lora.lora_dropout > 0,
         loss="none" if plan.kind == "reward" else "tiles",
-        replicas=plan.gpus,
+        shards=shards,
+        master_weights=master,
+        replicas=plan.gpus if shards == 1 else 1,
         reference=plan.kind in ("dpo", "ppo") and not adapter,
         context=CONTEXT,
     )

@@ -1,6 +1,5 @@
 """From a stage's typed config to the arguments of TRL's trainers: one pure function per trainer."""
 
-import os
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,10 +8,11 @@ from typing import Any, TypeVar
 import torch
 import trl
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align.config.sections import TrainerSection
+from align.config.sharding import sharding_in_force
 from align.errors import AlignError, Problem, fail
-from align.launch import SHARDED
 from align.stages.dpo import DPOConfig
 from align.stages.ppo import PPOConfig
 from align.stages.reward import RewardConfig
@@ -25,6 +25,11 @@ OWNED = {
     "trust_remote_code",
     "resume_from_checkpoint",
     "model_init_kwargs",
+    "fsdp",
+    "fsdp_config",
+    "deepspeed",
+    "accelerator_config",
+    "parallelism_config",
 }
 """Arguments that `extra` may not set, because align answers for what they do."""
 
@@ -46,26 +51,8 @@ ROWS = {
 Arguments = TypeVar("Arguments", trl.SFTConfig, trl.RewardConfig, trl.DPOConfig, TrainingArguments)
 
 
-def refuse_sharded_weights() -> None:
-    """Refuse FSDP and ZeRO-3, under which no process holds the weights that a stage has to save.
-
-    The whole-model paths (merging, joining, the reward model's proof) were never run on shards, and
-    a training stage must not find that out after its last step.
-    """
-    zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    for name, variable in SHARDED.items():
-        on = os.environ.get(variable, "").lower() == "true"
-        if on and (name == "FSDP" or zero3):
-            fail(
-                f"{name} shards the weights, which align's training stages cannot save yet",
-                where="launch.accelerate",
-                hint="use `ddp`; LoRA, or QLoRA with model.load_in_4bit, makes large models fit",
-            )
-
-
 def _common(trainer: TrainerSection, checkpoints: Path) -> dict[str, Any]:
     """The arguments that every trainer takes from its section, and those align decides itself."""
-    refuse_sharded_weights()
     given = trainer.model_dump(exclude={"extra", "report_to", "bf16", "keep_checkpoints"})
     cuda = torch.cuda.is_available()
     bf16 = trainer.bf16
@@ -84,7 +71,18 @@ def _common(trainer: TrainerSection, checkpoints: Path) -> dict[str, Any]:
         "logging_first_step": True,
         "dataloader_pin_memory": cuda,
         "push_to_hub": False,
+        **({} if cuda else _on_cpu()),
     }
+
+
+def _on_cpu() -> dict[str, Any]:
+    """What lets weights be sharded on CPUs, which accelerate turns off where it is told of them."""
+    sharding = sharding_in_force()
+    if sharding is None:
+        return {}
+    if sharding.way == "FSDP":  # keeps the state that `align.launch` made
+        return {"accelerator_config": {"use_configured_state": True}}
+    return {"use_cpu": False, "ddp_backend": "gloo"}
 
 
 def build(kind: type[Arguments], given: dict[str, Any], extra: dict[str, Any]) -> Arguments:
@@ -115,6 +113,8 @@ def build(kind: type[Arguments], given: dict[str, Any], extra: dict[str, Any]) -
         found = kind(**{**given, **extra})
     except (TypeError, ValueError) as error:
         raise AlignError(Problem(str(error), "trainer")) from error
+    # DeepSpeed would have each weight taken apart as it is loaded, and adapters could not be folded in, nor heads made.
+    unset_hf_deepspeed_config()
     if found.n_gpu > 1:
         # A process trains on one GPU, as the recipe counts rows; the Trainer would take all it sees (nn.DataParallel).
         found._n_gpu = 1

@@ -23,6 +23,7 @@ from align.report.progress import Meter
 from align.runs import RunFolder
 from align.stopping import Stopped
 from align.training.checkpoints import keep_newest, write_manifest
+from align.training.sharding import all_finite
 
 
 def training_callbacks(folder: RunFolder, trainer: Trainer) -> list[TrainerCallback]:
@@ -119,7 +120,7 @@ class FiniteCallback(TrainerCallback):  # type: ignore[misc]
         model: torch.nn.Module | None = None,
         **_: Any,
     ) -> None:
-        if model is not None and not _all_finite(model):
+        if model is not None and not all_finite(model):
             self._refuse("a trained weight is not finite", state.global_step)
         self.good = state.global_step
 
@@ -131,11 +132,6 @@ class FiniteCallback(TrainerCallback):  # type: ignore[misc]
             hint="lower trainer.learning_rate or trainer.max_grad_norm, and look at the rows with "
             "`align inspect`",
         )
-
-
-def _all_finite(model: torch.nn.Module) -> bool:
-    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-    return all(bool(torch.isfinite(parameter).all()) for parameter in trained)
 
 
 class CheckpointCallback(TrainerCallback):  # type: ignore[misc]

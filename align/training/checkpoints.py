@@ -26,8 +26,8 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 WEIGHTS = re.compile(r"(adapter_)?(model|config)[\w.-]*\.(safetensors|json)")
 """Files of a checkpoint that make a model or an adapter of it."""
 
-UNWANTED = "training_args.bin"
-"""A pickle that may hold access tokens, and that resuming does not read."""
+UNWANTED = ("training_args.bin", "zero_to_fp32.py", "zero_to_torch.py")
+"""A pickle that may hold access tokens, and DeepSpeed's scripts: resuming reads none of them."""
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -49,7 +49,8 @@ def _contents(checkpoint: Path) -> dict[str, dict[str, Any]]:
 
 def write_manifest(checkpoint: Path, step: int) -> None:
     """Declare a checkpoint complete: flush its files, then write down their sizes and hashes."""
-    (checkpoint / UNWANTED).unlink(missing_ok=True)
+    for name in UNWANTED:
+        (checkpoint / name).unlink(missing_ok=True)
     sync_tree(checkpoint)
     write_json(checkpoint / MANIFEST, {"step": step, "files": _contents(checkpoint)})
 

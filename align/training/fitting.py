@@ -1,11 +1,13 @@
 """What the three training stages share: fit with resume, then save an artifact that loads."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -22,6 +24,13 @@ from align.models.tokenizer import end_of_turn_ids
 from align.runs import RunFolder
 from align.training.callbacks import SignalCallback, training_callbacks
 from align.training.checkpoints import keep_weights, newest_complete_checkpoint
+from align.training.sharding import (
+    gathered,
+    in_float32,
+    is_sharded,
+    parameter_counts,
+    parameters_held,
+)
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 
@@ -36,6 +45,8 @@ def fit(trainer: Trainer, folder: RunFolder) -> dict[str, float]:
         quicken(trainer.model)
         if getattr(trainer.model, "is_quantized", False):
             restore_saved_types(trainer.model)
+    if is_sharded(trainer):
+        in_float32(trainer.model)
     callbacks = training_callbacks(folder, trainer)
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -50,10 +61,11 @@ def fit(trainer: Trainer, folder: RunFolder) -> dict[str, float]:
     folder.note("loss", metrics.get("loss"))
     folder.note("steps", trainer.state.global_step)
     folder.note("tokens", int(getattr(trainer, "_total_train_tokens", 0)))
-    counts = [parameter.numel() for parameter in trainer.model.parameters()]
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    folder.note("parameters", sum(counts))
+    total, trained = parameter_counts(trainer.model)
+    folder.note("parameters", total)
     folder.note("trainable_parameters", trained)
+    if is_sharded(trainer):
+        folder.note("parameters_per_process", parameters_held(trainer.model))
     return metrics
 
 
@@ -88,16 +100,20 @@ def save_policy(
     model = trainer.accelerator.unwrap_model(trainer.model)
     model = getattr(model, "policy", model)  # PPO trains a policy among other roles
     generation = generation_config(model, tokenizer)
+    weights = gathered(trainer) if is_sharded(trainer) else None
     if not folder.is_main:
         return
     keep_checkpoints(trainer, folder, section)
     artifact = folder.artifact
     if isinstance(model, PeftModel) and not merge_adapter:
-        _save_as_adapter(model, section, artifact)
+        _save_as_adapter(model, section, artifact, weights)
     else:
-        full = _merged(model) if isinstance(model, PeftModel) else model
+        full = model
+        if isinstance(model, PeftModel):
+            full = merged(model, load_policy, section, weights)
+            weights = None
         silence_routers(full)
-        full.save_pretrained(artifact, safe_serialization=True)
+        full.save_pretrained(artifact, safe_serialization=True, state_dict=weights)
         _drop_base_path(artifact)
     generation.save_pretrained(artifact)
     tokenizer.save_pretrained(artifact)
@@ -121,23 +137,45 @@ def keep_checkpoints(trainer: Trainer, folder: RunFolder, section: ModelSection)
         _drop_base_path(kept)
 
 
-def _merged(model: PeftModel) -> PreTrainedModel:
-    # TRL's frozen copy of a continued adapter; PPO's other roles.
-    for name in set(model.peft_config) - {"default"}:
-        model.delete_adapter(name)
-    merged: PreTrainedModel = model.merge_and_unload()
-    return merged
+def merged(
+    model: PeftModel,
+    load: Callable[..., Model],
+    section: ModelSection,
+    weights: dict[str, Tensor] | None,
+) -> PreTrainedModel:
+    """The trained adapter folded into its base.
+
+    Args:
+        load: loads what the stage started from, given a model section.
+        weights: of a sharded model, brought together. Its base is in pieces, so it is loaded again.
+    """
+    if weights is None:
+        # TRL's frozen copy of a continued adapter; PPO's other roles.
+        for name in set(model.peft_config) - {"default"}:
+            model.delete_adapter(name)
+        full: PreTrainedModel = model.merge_and_unload()
+        return full
+    if section.continues_adapter:
+        section = section.model_copy(update={"adapter_name_or_path": None})
+    with TemporaryDirectory() as place:
+        base, revision = section.model_name_or_path, section.model_revision
+        save_adapter(model, Path(place), base=base, revision=revision, weights=weights)
+        again = PeftModel.from_pretrained(load(section), place)
+        found: PreTrainedModel = again.merge_and_unload()
+    return found
 
 
-def _save_as_adapter(model: PeftModel, section: ModelSection, artifact: Path) -> None:
+def _save_as_adapter(
+    model: PeftModel, section: ModelSection, artifact: Path, weights: dict[str, Tensor] | None
+) -> None:
     base, revision = section.model_name_or_path, section.model_revision
     old = section.adapter_name_or_path
     if old is None or section.adapter_mode == "continue":
-        save_adapter(model, artifact, base=base, revision=revision)
+        save_adapter(model, artifact, base=base, revision=revision, weights=weights)
     else:
         # Trained on base + old adapter: alone, the new one would sit on the wrong weights.
         with TemporaryDirectory(dir=artifact.parent) as new:
-            save_adapter(model, Path(new), base=base, revision=revision)
+            save_adapter(model, Path(new), base=base, revision=revision, weights=weights)
             plain = section.model_copy(update={"adapter_name_or_path": None})
             join_adapters(load_policy(plain), old, new, artifact)
         name_base(artifact, base=base, revision=revision)

@@ -6,6 +6,7 @@ of the tokens that differ, and gives its hidden states back in the padded places
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -97,17 +98,15 @@ def _hooks(model: Any) -> Iterator[Any]:
     yield backbone.register_forward_hook(after)
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
 def agrees_with_padding(model: Any, ids: Tensor, mask: Tensor) -> bool:
     """Whether the backbone gives the same hidden states for a batch of pairs either way."""
     base = unwrapped(model)
-    backbone = getattr(base, base.base_model_prefix)
     training = base.training
     base.eval()
     try:
-        wanted = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        wanted = _states(model, ids, mask)
         with pairs_shared(model):
-            found = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            found = _states(model, ids, mask)
     finally:
         base.train(training)
     tokens = mask.bool()
@@ -115,3 +114,22 @@ def agrees_with_padding(model: Any, ids: Tensor, mask: Tensor) -> bool:
     gaps = (found - wanted).abs()
     gap = float(gaps.max() if base.dtype is torch.float32 else gaps.mean())
     return gap <= TOLERANCE.get(base.dtype, 1e-3) * float(wanted.abs().max())
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _states(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """The backbone's last hidden states in a pass of the whole model, in which alone sharded weights are brought
+    together."""
+    base = unwrapped(model)
+    found: list[Tensor] = []
+
+    def keep(_: Any, __: Any, output: Any) -> None:
+        found.append(output.last_hidden_state)
+
+    kept = getattr(base, base.base_model_prefix).register_forward_hook(keep)
+    few = {"logits_to_keep": 1} if "logits_to_keep" in signature(base.forward).parameters else {}
+    try:
+        model(input_ids=ids, attention_mask=mask, use_cache=False, **few)
+    finally:
+        kept.remove()
+    return found[0]

@@ -2,10 +2,12 @@
 
 import gc
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from numpy.typing import NDArray
 from peft import PeftModel
@@ -17,16 +19,18 @@ from align.evaluation.statistics import wilson_interval
 from align.generation.scoring import RewardScorer
 from align.models.adapters import save_adapter
 from align.models.identity import write_base_identity
-from align.models.loading import load_reward_model
+from align.models.loading import load_reward_model, load_reward_start
 from align.runs import RunFolder
 from align.stages.reward import RewardConfig
-from align.training.fitting import keep_checkpoints
+from align.training.fitting import keep_checkpoints, merged
+from align.training.sharding import gathered, is_sharded
 
 Array = NDArray[np.float64]
 
 REPORT_PAIRS = 2000
 """Pairs scored at most for the report."""
 VERIFIED_PAIRS = 4
+REPORT_BATCH = 64
 
 
 def score_pairs(scorer: RewardScorer, pairs: Dataset, batch_size: int) -> tuple[Array, Array]:
@@ -52,25 +56,35 @@ def save_and_verify(
         AlignError: where the reloaded model scores differently.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if not folder.is_main:
+    sharded = is_sharded(trainer)
+    if not (folder.is_main or sharded):
         return
     few = rows.train.select(range(min(VERIFIED_PAIRS, len(rows.train))))
-    before = np.concatenate(score_pairs(RewardScorer(model, tokenizer), few, VERIFIED_PAIRS))
+    scorer = RewardScorer(model, tokenizer, sharded=sharded)
+    before = np.concatenate(score_pairs(scorer, few, VERIFIED_PAIRS))
+    # Whole weights need not fit on one GPU: what is reported of them is computed while they are in pieces.
+    scored = _score_together(trainer, scorer, _reported(rows)) if sharded else None
+    weights = gathered(trainer) if sharded else None
+    if not folder.is_main:
+        return
     keep_checkpoints(trainer, folder, config.model)
-    artifact, base = folder.artifact, config.model.model_name_or_path
-    if isinstance(model, PeftModel) and not config.merge_adapter:
-        save_adapter(model, artifact, base=base, revision=config.model.model_revision)
-        write_base_identity(artifact, base, model.config.to_dict())
-    else:
-        full = model.merge_and_unload() if isinstance(model, PeftModel) else model
-        full.save_pretrained(artifact, safe_serialization=True)
-    tokenizer.save_pretrained(artifact)
+    _save(model, folder, config, weights)
+    tokenizer.save_pretrained(folder.artifact)
+    artifact = folder.artifact
+    full_model = config.merge_adapter or not isinstance(model, PeftModel)
+    del weights
     _make_room(trainer)
-    merged = not isinstance(model, PeftModel) or config.merge_adapter
-    loaded, its_tokenizer = load_reward_model(str(artifact), None if merged else config.model)
-    after = np.concatenate(score_pairs(RewardScorer(loaded, its_tokenizer), few, VERIFIED_PAIRS))
+    loaded, its_tokenizer = load_reward_model(
+        str(artifact),
+        None if full_model else config.model,
+        device=torch.device("cpu") if sharded else None,
+    )
+    if sharded and trainer.args.bf16:
+        loaded.to(torch.bfloat16)  # as its pieces were when they were brought together
+    scorer = RewardScorer(loaded, its_tokenizer)
+    after = np.concatenate(score_pairs(scorer, few, VERIFIED_PAIRS))
     # Over a quantized base adapters are bfloat16 and products are rounded, whatever the other weights are.
-    full = str(model.dtype) == "torch.float32" and not getattr(model, "is_quantized", False)
+    full = str(loaded.dtype) == "torch.float32" and not getattr(model, "is_quantized", False)
     precision = 1e-4 if full else 3e-2
     difference = float(np.abs(after - before).max())
     if difference > precision * max(1.0, float(np.abs(before).max())):
@@ -81,7 +95,35 @@ def save_and_verify(
             hint="the head or the adapter was not saved in full; keep the checkpoints and report it",
         )
     folder.note("reload_difference", difference)
-    _report(RewardScorer(loaded, its_tokenizer), folder, rows)
+    _report(scored or score_pairs(scorer, _reported(rows), REPORT_BATCH), folder, rows)
+
+
+def _save(
+    model: Any, folder: RunFolder, config: RewardConfig, weights: dict[str, torch.Tensor] | None
+) -> None:
+    """Write the adapter, or the whole classifier; `weights` are those of a sharded model, brought together."""
+    section, artifact = config.model, folder.artifact
+    base = section.model_name_or_path
+    if isinstance(model, PeftModel) and not config.merge_adapter:
+        revision = section.model_revision
+        save_adapter(model, artifact, base=base, revision=revision, weights=weights)
+        write_base_identity(artifact, base, model.config.to_dict())
+        return
+    if isinstance(model, PeftModel):
+        start = partial(load_reward_start, train_base=False)
+        model, weights = merged(model, start, section, weights), None
+    model.save_pretrained(artifact, safe_serialization=True, state_dict=weights)
+
+
+def _score_together(trainer: Trainer, scorer: RewardScorer, pairs: Dataset) -> tuple[Array, Array]:
+    """As `score_pairs`: every process scores its share of the pairs, and gets all rewards."""
+    places = list(range(len(pairs)))
+    with trainer.accelerator.split_between_processes(places, apply_padding=True) as own:
+        found = score_pairs(scorer, pairs.select(own), REPORT_BATCH)
+    shares = gather_object([(place, *pair) for place, *pair in zip(own, *found, strict=True)])
+    rewards = {place: (chosen, rejected) for place, chosen, rejected in shares}
+    chosen, rejected = np.array([rewards[place] for place in places]).T
+    return chosen, rejected
 
 
 def _make_room(trainer: Trainer) -> None:
@@ -89,17 +131,21 @@ def _make_room(trainer: Trainer) -> None:
     trainer.optimizer = None
     trainer.model.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
-        if not getattr(trainer.model, "is_quantized", False):
+        if not (getattr(trainer.model, "is_quantized", False) or is_sharded(trainer)):
             trainer.model.to("cpu")
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def _report(scorer: RewardScorer, folder: RunFolder, rows: RenderedData) -> None:
-    """Write `reward_report.json`: accuracy, by margin, against length, and calibration."""
+def _reported(rows: RenderedData) -> Dataset:
     pairs = rows.test if rows.test is not None else rows.train
-    pairs = pairs.select(range(min(REPORT_PAIRS, len(pairs))))
-    chosen, rejected = score_pairs(scorer, pairs, 64)
+    return pairs.select(range(min(REPORT_PAIRS, len(pairs))))
+
+
+def _report(rewards: tuple[Array, Array], folder: RunFolder, rows: RenderedData) -> None:
+    """Write `reward_report.json`: accuracy, by margin, against length, and calibration."""
+    pairs = _reported(rows)
+    chosen, rejected = rewards
     lengths = np.array(
         [len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in pairs], dtype=np.float64
     )

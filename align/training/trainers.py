@@ -20,6 +20,7 @@ from align.data.token_rows import MASK_COLUMNS
 from align.errors import fail
 from align.training.flat import can_flatten, segments_attended
 from align.training.pairs import agrees_with_padding, pairs_shared
+from align.training.sharding import Sharded, in_all
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 
@@ -36,7 +37,7 @@ def with_lengths(pairs: Dataset) -> Dataset:
     return pairs.map(length, keep_in_memory=True)
 
 
-class _SameTypes:
+class _SameTypes(Sharded):
     """Weights keep their types when training goes on from a checkpoint.
 
     TRL trains adapters of a quantized base in bfloat16, and PEFT would read them back as float32, in which the rest
@@ -82,7 +83,8 @@ class _SharedPairs(_TokenPairs):
         models = [getattr(self, name, None) for name in ("model", "ref_model")]
         # A router's load is balanced over the tokens of the batch as it stands.
         balanced = getattr(self, "aux_loss_enabled", False)
-        self._models = [one for one in models if one is not None]
+        unwrap = self.accelerator.unwrap_model  # type: ignore[attr-defined]
+        self._models: list[Any] = [unwrap(one) for one in models if one is not None]
         # On a CPU the check's forward pass would change how bitsandbytes holds its weights, and a resumed run with it.
         packed = any(
             getattr(one, "is_quantized", False) and one.device.type == "cpu" for one in self._models
@@ -111,7 +113,8 @@ class _SharedPairs(_TokenPairs):
         if self.shares_prompts is None:
             batch = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
             ids, mask = batch["input_ids"], batch["attention_mask"]
-            self.shares_prompts = all(agrees_with_padding(one, ids, mask) for one in self._models)
+            agreed = [agrees_with_padding(one, ids, mask) for one in self._models]
+            self.shares_prompts = in_all(all(agreed), ids.device)
         return self.shares_prompts
 
 
@@ -155,8 +158,9 @@ class DPOTrainer(_SharedPairs, trl.DPOTrainer):  # type: ignore[misc]
     reference_checked = False
     data_collator: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, ref_model: Model | None = None, **kwargs: Any) -> None:
+        self.reference = ref_model
+        super().__init__(*args, ref_model=ref_model, **kwargs)
         if type(self.data_collator) is DataCollatorForPreference:
             given = {
                 field.name: getattr(self.data_collator, field.name)

@@ -91,7 +91,6 @@ def test_full_fine_tuning_of_70b_on_one_small_card_names_a_way_out():
     ("sets", "gpu", "where"),
     [
         (["lora.use_peft=false"], "b200", "model.dtype"),
-        (["launch.accelerate=fsdp2"], "h100", "launch.accelerate"),
         ([], "t4", "model.dtype"),
         (["model.attn_implementation=flash_attention_2"], "t4", "model.attn_implementation"),
         (["data.max_length=200000"], "h100", "data.max_length"),
@@ -107,6 +106,17 @@ def test_known_bad_combinations(sets, gpu, where):
     _, problems = stage_of("mine.yaml", *sets, gpu=gpu)
     assert where in [problem.where for problem in problems]
     assert all(problem.hint for problem in problems)
+
+
+def test_shares_of_weights_are_counted_as_shares():
+    full = ["lora.use_peft=false", "launch.num_processes=8"]
+    whole, _ = stage_of("mine.yaml", *full, gpu="h100")
+    shares, problems = stage_of("mine.yaml", *full, "launch.accelerate=fsdp2", gpu="h100")
+    # float32 weights, gradients and two moments, over eight GPUs.
+    assert shares.memory.states == pytest.approx(16 * shares.shape.parameters / 8, rel=0.3)
+    assert shares.memory.weights == pytest.approx(4 * 8.03e9 / 8, rel=0.01)
+    assert shares.memory.total < 0.4 * whole.memory.total
+    assert not [problem for problem in problems if problem.where == "model.dtype"]
 
 
 def test_qlora_needs_less_and_its_adapter_is_kept_in_16_bits():

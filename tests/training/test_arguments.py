@@ -50,20 +50,6 @@ def test_every_wrong_extra_is_named_at_once(tmp_path: Path):
     assert "set trainer.learning_rate instead" in said
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"ACCELERATE_USE_FSDP": "true"},
-        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-    ],
-)
-def test_sharded_weights_are_refused_before_training(tmp_path, monkeypatch, environment):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(AlignError, match="shards the weights"):
-        sft_arguments(config(), tmp_path)
-
-
 def test_extra_cannot_part_from_the_recipe(tmp_path: Path):
     with pytest.raises(AlignError, match="set by align from other keys"):
         sft_arguments(config(extra={"max_length": 5}), tmp_path)

@@ -1,0 +1,138 @@
+"""FSDP2: two processes that hold half of every weight each train, save and resume as one that holds all."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from subprocess import DEVNULL, Popen
+
+import psutil
+import pytest
+import yaml
+from launched import CHECKOUT, losses, recipe, start
+from safetensors.torch import load_file
+
+CLI = [sys.executable, "cli.py"]
+
+ZERO3 = {
+    "zero_optimization": {
+        "stage": 3,
+        # Of a tiny model every weight would stay whole otherwise.
+        "stage3_param_persistence_threshold": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "bf16": {"enabled": "auto"},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_batch_size": "auto",
+    "gradient_clipping": "auto",
+}
+
+
+def sharded(folder: Path, way: str) -> list[str]:
+    if way == "zero3":
+        settings = folder / "deepspeed.json"
+        settings.write_text(json.dumps(ZERO3))
+        shipped = yaml.safe_load((CHECKOUT / "recipes/accelerate/zero3.yaml").read_text())
+        del shipped["mixed_precision"]  # accelerate reads it from that file
+        shipped["deepspeed_config"] = {
+            "deepspeed_config_file": str(settings),
+            "zero3_init_flag": True,
+        }
+        path = folder / "zero3.yaml"
+        path.write_text(yaml.safe_dump(shipped))
+        way = str(path)
+    return ["--num-processes", "2", "--accelerate", way]
+
+
+def settings(**values: object) -> list[str]:
+    return [
+        word
+        for key, value in values.items()
+        for word in ("--set", f"{key.replace('__', '.')}={json.dumps(value)}")
+    ]
+
+
+def weights(run: Path):
+    (file,) = (run / "artifact").glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_close(run: Path, other: Path) -> None:
+    found, wanted = weights(run), weights(other)
+    assert found.keys() == wanted.keys()
+    # Adam divides by the size of a gradient: a gradient of zero but for rounding moves a weight by a learning rate.
+    apart = {name: float((found[name] - wanted[name]).abs().max()) for name in wanted}
+    assert max(apart.values()) < 1e-3, apart
+
+
+FULL = {"lora__use_peft": False, "trainer__learning_rate": 1e-3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["fsdp2", "zero3"])
+@pytest.mark.parametrize(
+    ("stage", "given"),
+    [
+        ("sft", {"trainer__gradient_checkpointing": True}),
+        ("sft", FULL),
+        ("sft", {"merge_adapter": True}),
+        ("reward", {"data__test_split_size": 5, "trainer__max_steps": 2}),
+        ("reward", FULL),
+        ("reward", {"merge_adapter": True}),
+        ("dpo", {}),
+        ("dpo", FULL),
+    ],
+)
+def test_half_of_every_weight_gives_what_all_of_it_gives(llama, tmp_path, way, stage, given):
+    one, two = (recipe(tmp_path, llama, stage, batch=batch) for batch in (4, 2))
+    alone = start([*CLI, stage, "--recipe", str(one), *settings(**given)])
+    assert alone.returncode == 0, alone.stderr
+    both = start([*CLI, stage, "--recipe", str(two), *sharded(tmp_path, way), *settings(**given)])
+    assert both.returncode == 0, both.stderr
+    whole, shards = tmp_path / "out-4", tmp_path / "out-2"
+    expected, found = losses(whole), losses(shards)
+    assert len(expected) == given.get("trainer__max_steps", 4)
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert expected[0] != pytest.approx(expected[-1], abs=1e-3)
+    assert_close(shards, whole)
+    said = json.loads((shards / "summary.json").read_text())
+    assert said["parameters_per_process"] < 0.55 * said["parameters"]
+    if stage == "reward":
+        reports = [
+            json.loads((run / "artifact/reward_report.json").read_text()) for run in (whole, shards)
+        ]
+        assert reports[1]["pairs"] == reports[0]["pairs"]
+        assert reports[1]["mean_reward"] == pytest.approx(reports[0]["mean_reward"], abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["fsdp2", "zero3"])
+@pytest.mark.parametrize(("stage", "given"), [("dpo", {}), ("sft", FULL)])
+def test_a_killed_sharded_run_ends_with_the_weights_of_an_undisturbed_one(
+    llama, tmp_path, way, stage, given
+):
+    rows = recipe(tmp_path, llama, stage, batch=2)
+    steps = settings(trainer__max_steps=12, trainer__save_steps=2, **given)
+    command = [*CLI, stage, "--recipe", str(rows), *sharded(tmp_path, way), *steps, "--output-dir"]
+    undisturbed = start([*command, str(tmp_path / "undisturbed")])
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    output = tmp_path / "killed"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with Popen([*command, str(output)], cwd=CHECKOUT, env=environment, stderr=DEVNULL) as run:
+        deadline = time.monotonic() + 100
+        while not list(tmp_path.glob("killed.partial/checkpoints/*/manifest.json")):
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        for process in (*psutil.Process(run.pid).children(recursive=True), run):
+            process.kill()
+    assert not output.exists()
+    again = start([*command, str(output)])
+    assert again.returncode == 0, again.stderr
+    assert "attempt 2" in again.stderr
+    found, wanted = weights(output), weights(tmp_path / "undisturbed")
+    assert all(found[name].equal(wanted[name]) for name in wanted)
+    steps_of = [len(losses(run)) for run in (output, tmp_path / "undisturbed")]
+    assert steps_of[0] == steps_of[1]
