@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from align.config.sections import DataSection, DatasetEntry, Format
 from align.data.cards import Location, locate
+from align.data.exact import TOOLS
 from align.data.files import read_table
 from align.data.fingerprint import SourceInfo, describe_location, entries
 from align.errors import AlignError, fail
@@ -73,7 +74,7 @@ def load_sources(data: DataSection, split: str | None = None) -> list[Source]:
 
 
 def _load(entry: DatasetEntry, data: DataSection) -> Source:
-    parts = [_load_part(entry, part) for part in entry.split.split("+")]
+    parts = [_load_part(entry, part, data) for part in entry.split.split("+")]
     source = parts[0] if len(parts) == 1 else _joined(entry, parts)
     if not len(source):
         fail(
@@ -84,7 +85,15 @@ def _load(entry: DatasetEntry, data: DataSection) -> Source:
     given = entry.columns or data.columns
     # What the recipe says of its columns replaces what the card says of them, its format included.
     form = data.format if data.format != "auto" or given else source.format
-    return replace(source, columns=given or source.columns, format=form)
+    source = replace(source, columns=given or source.columns, format=form)
+    return source if data.use_tools else _without_tools(source)
+
+
+def _without_tools(source: Source) -> Source:
+    """The rows without their functions."""
+    columns = {ours: name for ours, name in (source.columns or {}).items() if ours != TOOLS}
+    dataset = source.dataset.remove_columns({TOOLS} & set(source.dataset.column_names))
+    return replace(source, dataset=dataset, columns=columns)
 
 
 def _joined(entry: DatasetEntry, parts: Sequence[Source]) -> Source:
@@ -100,7 +109,7 @@ def _joined(entry: DatasetEntry, parts: Sequence[Source]) -> Source:
     )
 
 
-def _load_part(entry: DatasetEntry, split: str) -> Source:
+def _load_part(entry: DatasetEntry, split: str, data: DataSection) -> Source:
     match = SLICE.fullmatch(split)
     if match is None:
         fail(
@@ -114,7 +123,8 @@ def _load_part(entry: DatasetEntry, split: str) -> Source:
         files: tuple[tuple[str, int], ...] = ((f"{location.hub} ({location.split})", len(dataset)),)
         infos: tuple[SourceInfo, ...] = (_hub_info(location, dataset),)
     else:
-        tables = [read_table(file) for file in location.files]
+        mapping = entry.columns or data.columns or location.mapping
+        tables = [read_table(file, mapping.get(TOOLS, TOOLS)) for file in location.files]
         sets = [Dataset(InMemoryTable(table)) for table in tables]
         dataset = concatenate(sets, entry.path)
         sizes = [table.num_rows for table in tables]
