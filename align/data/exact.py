@@ -43,3 +43,10 @@ def held_exactly(value: Any) -> Any:
         marks = {key: value[key] for key in MARKS if value.get(key) is not None}
         made |= {key: json.dumps(mark, ensure_ascii=False) for key, mark in marks.items()}
     return made
+
+
+def turn_text(turn: Mapping[str, Any]) -> str:
+    """What a message says, for readers: its content, then its calls as JSON."""
+    calls = turn.get("tool_calls")
+    parts = [str(turn.get("content") or ""), as_text(calls) if calls else ""]
+    return "\n".join(filter(None, parts))

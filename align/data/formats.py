@@ -384,9 +384,7 @@ def _convert_batch(
     return {**{name: batch[mapping.get(name, name)] for name in kept}, **made}
 
 
-def _completed(
-    row: conversion.Row, form: Recognised, system: str | None
-) -> list[dict[str, Any]]:
+def _completed(row: conversion.Row, form: Recognised, system: str | None) -> list[dict[str, Any]]:
     """The canonical rows of a row, with its functions, as a table holds them."""
     if not form.chat:
         return _convert(row, form, system)

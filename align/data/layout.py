@@ -192,7 +192,11 @@ class Typesetter:
     def _prefixes(self, chats: Sequence[Conversation]) -> list[dict[int, str | None]]:
         """For each chat: assistant turn -> the text before it as a prompt, where there is one."""
         found: list[dict[int, str | None]] = [
-            {turn: None for turn, message in enumerate(chat.turns) if message["role"] == "assistant"}
+            {
+                turn: None
+                for turn, message in enumerate(chat.turns)
+                if message["role"] == "assistant"
+            }
             for chat in chats
         ]
         places = [(row, turn) for row, turns in enumerate(found) for turn in turns if turn > 0]
