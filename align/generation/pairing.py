@@ -132,9 +132,9 @@ def _pair(
 
 
 def offered(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The functions that the chat of a row offers, as the column of a new row."""
+    """The functions that the chat of a row offers (or that it offers none), for a new row."""
     is_chat = not isinstance(row["prompt"], str)
-    return {TOOLS: row[TOOLS]} if is_chat and row.get(TOOLS) else {}
+    return {TOOLS: row[TOOLS]} if is_chat and TOOLS in row else {}
 
 
 def as_completion(prompt: Any, text: str) -> str | list[dict[str, str]]:

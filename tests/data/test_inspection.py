@@ -117,8 +117,8 @@ def test_tools_are_shown_or_refused_by_every_stage(config, capsys, kind):
         inspect_stage(made)
     if kind is EvalConfig:  # its models bring their own templates
         return
-    made.model.chat_template_path = "llama3.1"
-    inspect_stage(made)
+    model = made.model.model_copy(update={"chat_template_path": "llama3.1"})
+    inspect_stage(made.model_copy(update={"model": model}))
     shown = capsys.readouterr().out
     assert '"name": "count", "parameters": {}}' in shown
     called = '{"type": "function", "name": "count", "parameters": {"of": "ships"}}<|eot_id|>⟧'
