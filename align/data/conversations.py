@@ -49,7 +49,12 @@ class Conversation:
     @classmethod
     def of(cls, chat: Turns, tools: Tools) -> "Conversation":
         """A row's messages and functions."""
-        turns = [{k: v for k, v in shown(turn).items() if k != "weight"} for turn in chat]
+        turns = [
+            dict(turn)
+            if len(turn) == 2
+            else {key: value for key, value in shown(turn).items() if key != "weight"}
+            for turn in chat
+        ]
         return cls(turns, [dict(tool) for tool in tools] if tools else None)
 
     @property

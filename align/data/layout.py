@@ -208,7 +208,7 @@ class Typesetter:
     def _find_turns(
         self, layout: Layout, chat: Conversation, first: int, prefixes: Mapping[int, str | None]
     ) -> Problem | None:
-        places: list[Span] | None = None
+        places: dict[int, Span] | None = None
         for turn, prefix in prefixes.items():
             if prefix is not None and layout.text.startswith(prefix):
                 content = chat.turns[turn]["content"].strip()
@@ -219,11 +219,18 @@ class Typesetter:
                 # The template writes the turns before this one differently once the chat goes on.
                 layout.follows = layout.follows and turn < first
                 places = places if places is not None else self._contents(layout.text, chat)
-                start, end = places[turn] if places else (-1, -1)
+                start, end = places.get(turn, (-1, -1))
             if end >= 0:
                 layout.cuts.append(start)
             if turn < first:
                 continue
+            if end < 0 and "tool_calls" in chat.turns[turn]:
+                return Problem(
+                    f"the chat template writes what leads to the calls of message {turn + 1} in "
+                    "another way once the chat goes on, so where they begin cannot be told",
+                    hint="end the row behind that answer, or give a template that only adds to a "
+                    "chat with model.chat_template_path",
+                )
             if end < 0:
                 return Problem(
                     f"the chat template leaves out or changes the answer in message {turn + 1}",
@@ -246,22 +253,27 @@ class Typesetter:
                 break
         return end
 
-    def _contents(self, text: str, chat: Conversation) -> list[Span]:
-        """Where the content of every message lies in the rendered text; empty if it cannot be told.
+    def _contents(self, text: str, chat: Conversation) -> dict[int, Span]:
+        """Where the content of each message lies in the rendered text; empty if it cannot be told.
 
-        Found by rendering the chat once more with two unused characters around each content.
+        Found by rendering the chat once more with two unused characters around each content. A turn
+        that is nothing but calls has no place: a content would change how it is written.
         """
         unused = (chr(code) for code in STAND_INS if chr(code) not in text)
         left, right = next(unused), next(unused)
-        wrapped = []
-        for turn in chat.turns:
+        wrapped, found = [], []
+        for number, turn in enumerate(chat.turns):
             content = turn["content"]
             core = content.strip()
+            if not core and "tool_calls" in turn:
+                wrapped.append(turn)
+                continue
             before, _, after = content.partition(core) if core else (content, "", "")
             wrapped.append({**turn, "content": f"{before}{left}{core}{right}{after}"})
+            found.append(number)
         result = self._render([Conversation(wrapped, chat.tools)])[0]
         if isinstance(result, Problem):
-            return []
+            return {}
         head, *pieces = result[0].split(left)
         places, position = [], len(head)
         for piece in pieces:
@@ -269,7 +281,7 @@ class Typesetter:
             places.append((position, position + len(core)))
             position += len(core) + len(rest)
         same = result[0].replace(left, "").replace(right, "") == text
-        return places if same and len(places) == len(chat.turns) else []
+        return dict(zip(found, places, strict=True)) if same and len(places) == len(found) else {}
 
     def _compare(self, layout: Layout, marked: Sequence[Span]) -> Problem | None:
         """What is wrong if the template's own markers leave out a part of an answer.

@@ -4,10 +4,12 @@ import copy
 import json
 from contextlib import suppress
 from itertools import groupby
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import trl
 from datasets import Dataset, Features, Json, List
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -286,6 +288,56 @@ def test_calls_in_messages_of_their_own_are_one_turn(llama31, render):
     call = {"role": "tool_call", "content": json.dumps(BARE)}
     row = render([{"messages": [U, call, call, RESULT, A], "tools": [SONGS]}]).train[0]
     assert trained(llama31, row).count("[[") == 2
+
+
+THANKS = [U, {"role": "assistant", "content": "bye", "tool_calls": [CALL]}]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3_instruct_2507", "qwen3_vl", "lfm2_v2"])
+def test_calls_found_without_markers_are_those_that_trl_marks(tokenizer_for, name):
+    """TRL keeps each template twice: as published, and with markers for training."""
+    folder = Path(trl.__file__).parent / "chat_templates"
+    ours = tokenizer_for((folder / f"{name}.jinja").read_text())
+    theirs = tokenizer_for((folder / f"{name}_training.jinja").read_text())
+    chat = [*CHAT, *THANKS]
+    row = render_messages(ours, chat, tools=[SONGS])
+    marked = theirs.apply_chat_template(
+        chat, tools=[SONGS], return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert row.input_ids == marked["input_ids"]
+    masks = list(zip(row.input_ids, row.loss_mask, marked["assistant_masks"], strict=True))
+    assert not [token for token, mine, other in masks if mine and not other]
+    more = ours.decode([token for token, mine, other in masks if other and not mine])
+    assert more.strip() == ""
+
+
+@pytest.mark.parametrize("name", ["llama3_1", "llama3_2"])
+def test_metas_published_templates(tokenizer_for, name):
+    """They put the functions into the user's turn, take one call a turn, and drop its content."""
+    folder = Path(trl.__file__).parent / "chat_templates"
+    tokenizer = tokenizer_for((folder / f"{name}.jinja").read_text())
+    row = render_messages(tokenizer, CHAT, tools=[SONGS])
+    assert row.input_ids == tokenizer.apply_chat_template(CHAT, tools=[SONGS])["input_ids"]
+    text = shown(tokenizer, row.input_ids, row.loss_mask)
+    assert '[[{"name": "songs", "parameters": {"n": 3}}<|eot_id|>]]' in text
+    assert text.endswith("[[a and b<|eot_id|>]]")
+    with pytest.raises(AlignError, match="leaves out the content of message 6 beside its calls"):
+        render_messages(tokenizer, [*CHAT, *THANKS], tools=[SONGS])
+    two = ASKS | {"tool_calls": [CALL, CALL]}
+    with pytest.raises(AlignError, match="single tool-calls"):
+        render_messages(tokenizer, [U, two, RESULT, A], tools=[SONGS])
+
+
+def test_calls_in_a_template_that_rewrites_earlier_turns(tokenizer_for):
+    """Earlier answers are found where a later turn calls; a call itself is not, and that is said."""
+    folder = Path(trl.__file__).parent / "chat_templates"
+    tokenizer = tokenizer_for((folder / "qwen3_6.jinja").read_text())
+    row = render_messages(tokenizer, [U, A, *CHAT], tools=[SONGS])
+    text = shown(tokenizer, row.input_ids, row.loss_mask)
+    assert text.count("[[") == 3
+    assert "[[a and b<|im_end|>]]" in text
+    with pytest.raises(AlignError, match="where they begin cannot be told"):
+        render_messages(tokenizer, [*CHAT, U, A], tools=[SONGS])
 
 
 CONCATENATED = CHATML.replace("(c.function.arguments | tojson)", "c.function.arguments")
