@@ -1,11 +1,20 @@
 """Rows of a recipe: files, folders, cards and Hub ids, sliced and mixed."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+)
 from datasets.table import InMemoryTable
 from numpy.typing import NDArray
 
@@ -157,7 +166,7 @@ def _cut(bound: str | None, size: int, default: int) -> int | None:
 
 
 def concatenate(datasets: Sequence[Dataset], where: str) -> Dataset:
-    """Rows one after another; columns that some lack are empty there.
+    """Rows one after another; columns, and keys of objects in them, that some lack are empty there.
 
     Raises:
         AlignError: a column has different types.
@@ -165,13 +174,55 @@ def concatenate(datasets: Sequence[Dataset], where: str) -> Dataset:
     if len(datasets) == 1:
         return datasets[0]
     try:
-        return concatenate_datasets(list(datasets))
+        wider = _widest([dataset.features for dataset in datasets])
+        alike = [_widened(dataset, wider) for dataset in datasets]
+        return concatenate_datasets(alike)
     except (ValueError, TypeError) as error:
         fail(
             f"its parts have columns of different types: {str(error).splitlines()[0]}",
             where=where,
             hint="give the columns one type, or leave a part out",
         )
+
+
+def _widest(parts: Sequence[Features]) -> dict[str, Any]:
+    """The type of each column, with the keys of objects that any part has."""
+    wider: dict[str, Any] = {}
+    for features in parts:
+        for name, feature in features.items():
+            wider[name] = _wider(wider[name], feature) if name in wider else feature
+    return wider
+
+
+def _wider(first: Any, second: Any) -> Any:
+    """One type for two that differ in the keys of their objects; else the first as it is."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        both = {key: _wider(first[key], second[key]) for key in first if key in second}
+        return {**first, **second, **both}
+    if isinstance(first, List) and isinstance(second, List):
+        return List(_wider(first.feature, second.feature))
+    return second if _is_empty(first) else first
+
+
+def _widened(dataset: Dataset, wider: Mapping[str, Any]) -> Dataset:
+    """The rows with more keys in their objects; types that merely differ stay different."""
+    own = dataset.features
+    taken = {name: wider[name] if _fits(own[name], wider[name]) else own[name] for name in own}
+    if taken == dict(own):
+        return dataset
+    return dataset.cast(Features(taken), keep_in_memory=True, load_from_cache_file=False)
+
+
+def _fits(feature: Any, wider: Any) -> bool:
+    if isinstance(feature, Mapping) and isinstance(wider, Mapping):
+        return all(key in wider and _fits(feature[key], wider[key]) for key in feature)
+    if isinstance(feature, List) and isinstance(wider, List):
+        return _fits(feature.feature, wider.feature)
+    return bool(_is_empty(feature) or feature == wider)
+
+
+def _is_empty(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype == "null"
 
 
 def _from_hub(location: Location) -> Dataset:

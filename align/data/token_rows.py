@@ -166,7 +166,11 @@ def check_some_kept(stats: RenderStats, data: DataSection, where: str) -> None:
         return
     reasons = (
         (stats.too_long, f"longer than max_length ({data.max_length})"),
-        (stats.no_loss, f"no token in the loss within max_length ({data.max_length})"),
+        (
+            stats.no_loss,
+            f"no token in the loss within max_length ({data.max_length}), or every answer marked "
+            "as not learned",
+        ),
         (stats.equal, "both sides the same after the cut"),
     )
     found = "; ".join(f"{count:,} {text}" for count, text in reasons if count)
