@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from align.data.conversations import Tools, Turns
+from align.data.conversations import Tools, Turns, call_ends
 from align.data.encoding import Encoded, Encoder
 from align.data.format_tokens import FormatTokens
 from align.data.layout import Layout, Typesetter
@@ -58,8 +58,9 @@ class Renderer:
         self.typesetter = Typesetter(tokenizer)
         self.encoder = Encoder(tokenizer)
         self.format_tokens = FormatTokens(tokenizer)
-        tokens = [*self.typesetter.facts.turn_ends, tokenizer.eos_token]
-        self.end_ids = frozenset(self.typesetter.facts.control[token] for token in tokens if token)
+        facts = self.typesetter.facts
+        tokens = {*facts.turn_ends, *call_ends(tokenizer, facts), tokenizer.eos_token}
+        self.end_ids = frozenset(facts.control[token] for token in tokens if token)
 
     def chats(
         self,

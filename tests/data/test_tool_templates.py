@@ -118,6 +118,19 @@ def test_metas_published_templates(tokenizer_for, name):
         render_messages(tokenizer, [U, two, RESULT, A], tools=[SONGS])
 
 
+def test_a_call_may_end_with_a_token_of_its_own(tokenizer_for):
+    """Harmony ends a call with another token than an answer, and both are learned."""
+    folder = Path(trl.__file__).parent / "chat_templates"
+    tokenizer = tokenizer_for((folder / "gptoss.jinja").read_text())
+    described = {**SONGS, "function": {"name": "songs", "description": "Some songs."}}
+    row = render_messages(tokenizer, CHAT, tools=[described])
+    assert row.input_ids == tokenizer.apply_chat_template(CHAT, tools=[described])["input_ids"]
+    text = shown(tokenizer, row.input_ids, row.loss_mask)
+    assert '<|message|>{"n": 3}<|call|>]]' in text
+    assert text.endswith("a and b<|return|>]]")
+    assert render_messages(tokenizer, CHAT[:2], tools=[described]).ended
+
+
 def test_calls_in_a_template_that_rewrites_earlier_turns(tokenizer_for):
     """Earlier answers are found where a later turn calls; a call itself is not, and that is said."""
     folder = Path(trl.__file__).parent / "chat_templates"

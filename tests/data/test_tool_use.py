@@ -30,6 +30,7 @@ from tool_rows import (
 
 from align.config.sections import DataSection
 from align.data.conversations import Conversation
+from align.data.exact import turn_text
 from align.data.rendering import prompt_rows
 from align.data.sequences import Renderer, render_messages
 from align.data.tool_use import RowError, calls, functions
@@ -354,3 +355,13 @@ def test_any_value_is_a_list_of_functions_or_refused(value):
     with suppress(RowError):
         found = functions(value, "tools")
         assert found is None or all(isinstance(item, dict) for item in found)
+
+
+def test_readers_see_calls_as_json():
+    call = {"function": {"name": "songs", "arguments": {}}}
+    assert turn_text({"content": "hi"}) == "hi"
+    assert turn_text({"content": "", "tool_calls": [call]}) == json.dumps([call])
+    assert (
+        turn_text({"content": "hi", "tool_calls": json.dumps([call])})
+        == f"hi\n{json.dumps([call])}"
+    )
