@@ -257,7 +257,8 @@ def test_hub_configuration_reaches_load_dataset(tokenizer, monkeypatch):
 
 
 def test_every_data_key_is_flipped():
-    flipped = set(DATA_FLIPS) | {"truncation_mode", "dataset_config"}
+    # Rows with tools need another template: tests/data/test_tool_use.py leaves them out.
+    flipped = set(DATA_FLIPS) | {"truncation_mode", "dataset_config", "use_tools"}
     # Processes change the speed of rendering only: tests/data sees that the rows are the same.
     known = set(DataSection.model_fields) | {"assistant_only_loss"}
     assert known - flipped == {"dataset_num_proc"}

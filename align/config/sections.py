@@ -136,6 +136,8 @@ class DataSection(Section):
     """Mapping from our column names (`prompt`, `completion`, `messages`, `chosen`, ...) to the rows' own."""
     system_prompt: str | None = None
     """System turn put in front of rows that have none."""
+    use_tools: bool = True
+    """Give the functions in the rows' `tools` to the chat template; off, the column is left out."""
     max_samples: PositiveInt | None = None
     """Read at most this many rows."""
     max_length: PositiveInt | None = 1024

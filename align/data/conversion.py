@@ -6,9 +6,12 @@ from itertools import combinations
 from typing import Any
 
 from align.data.files import kind_of
+from align.data.tool_use import RowError, calls, calls_of, mark_of
 
 Row = Mapping[str, Any]
-Message = dict[str, str]
+Message = dict[str, Any]
+"""`role` and `content`; where the row has them, `tool_calls`, a tool's `name` and `tool_call_id`, and
+`weight` (0: not learned)."""
 
 ROLES = {
     "system": "system",
@@ -24,16 +27,18 @@ ROLES = {
     "ipython": "tool",
     "function": "tool",
     "observation": "tool",
+    "tool_response": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
 }
 """Role, or ShareGPT's `from` -> the role in a chat template."""
+
+CALLING = ("function_call", "tool_call")
+"""Roles whose content is nothing but calls of tools (LLaMA-Factory's, ms-swift's)."""
 
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ANSWER_KEYS = ("completion", "answer", "response", "text", "content")
 SCORE_KEYS = ("score", "overall_score")
-
-
-class RowError(Exception):
-    """What is wrong with one row; whoever knows the row's place tells it to the user."""
 
 
 class NothingToLearn(RowError):
@@ -48,30 +53,52 @@ def turns(value: Any, column: str) -> list[Message]:
         raise RowError(f"`{column}` is {kind_of(value)} and not a list of messages")
     if not value:
         raise RowError(f"`{column}` is empty")
-    return [
-        _message(item, f"message {number} of `{column}`") for number, item in enumerate(value, 1)
-    ]
+    named = [(item, f"message {number} of `{column}`") for number, item in enumerate(value, 1)]
+    messages: list[Message] = []
+    before = False
+    for item, name in named:
+        message, is_call = _message(item, name)
+        # Calls at once, each in a message of its own, are one turn.
+        if is_call and before and message.get("weight") == messages[-1].get("weight"):
+            messages[-1]["tool_calls"] += message["tool_calls"]
+        else:
+            messages.append(message)
+        before = is_call
+    return messages
 
 
-def _message(item: Any, name: str) -> Message:
+def _message(item: Any, name: str) -> tuple[Message, bool]:
+    """A message, and whether its role says that it is a call."""
     if not isinstance(item, Mapping):
         raise RowError(f"{name} is {kind_of(item)} and not an object with `role` and `content`")
     given = item.get("role") if item.get("role") is not None else item.get("from")
     content = item.get("content") if item.get("content") is not None else item.get("value")
     if not isinstance(given, str):
         raise RowError(f"{name} has no `role`")
-    role = ROLES.get(given.strip().lower())
+    key = given.strip().lower()
+    role = ROLES.get(key)
     if role is None:
         raise RowError(
             f"{name} has the unknown role {given[:40]!r} (known: system, user, assistant, tool)"
         )
-    if item.get("tool_calls"):
-        raise RowError(f"{name} calls a tool, which align does not render")
+    called = calls_of(item, name)
+    if called and role != "assistant":
+        raise RowError(f"{name} calls a tool, and is a turn of the {role}")
+    if key in CALLING:
+        called, content = called + calls(content, name), ""
+        if not called:
+            raise RowError(f"{name} is a {key} without a call")
     if isinstance(content, list):
         content = "".join(_text_part(part, name) for part in content)
+    if content is None and called:
+        content = ""
     if not isinstance(content, str):
         raise RowError(f"{name} has {kind_of(content)} as its content and not text")
-    return {"role": role, "content": content}
+    more = {"tool_calls": called or None, "weight": mark_of(item, name)}
+    if role == "tool":
+        more |= {k: item[k] for k in ("name", "tool_call_id") if isinstance(item.get(k), str)}
+    given_more = {k: value for k, value in more.items() if value is not None}
+    return {"role": role, "content": content} | given_more, key in CALLING
 
 
 def _text_part(part: Any, name: str) -> str:
@@ -130,7 +157,7 @@ def _check_answered(messages: Sequence[Message], column: str) -> None:
     last = messages[-1]
     if last["role"] != "assistant":
         raise RowError(f"`{column}` ends on a turn of the {last['role']}, and not with an answer")
-    if not last["content"].strip():
+    if not last["content"].strip() and "tool_calls" not in last:
         raise NothingToLearn(f"`{column}` ends with an empty answer")
 
 
@@ -233,7 +260,8 @@ def _pair(
         return dict(
             zip(("prompt", "chosen", "rejected"), _plain_pair(row, better, worse), strict=True)
         )
-    first, second = (_side(row, side) for side in (better, worse))
+    first, second = marked = [_side(row, side) for side in (better, worse)]
+    first, second = (_unmarked(side) for side in marked)
     if first == second:
         raise NothingToLearn(f"`{better}` and `{worse}` are the same")
     if first[0]["role"] != "assistant" and second[0]["role"] != "assistant":
@@ -250,7 +278,22 @@ def _pair(
         if not prompt or not messages or messages[0]["role"] != "assistant":
             raise RowError(f"`{better}` and `{worse}` do not part at an answer to the same prompt")
         _check_answered(messages, side)
-    return {"prompt": prompt, "chosen": first, "rejected": second}
+    for side, messages, answer in zip((better, worse), marked, (first, second), strict=True):
+        _check_all_learned(messages[-len(answer) :], f"the answer `{side}`")
+    return {"prompt": _unmarked(prompt), "chosen": first, "rejected": second}
+
+
+def _unmarked(messages: Sequence[Message]) -> list[Message]:
+    """The messages without marks, which say nothing in the prompt of a pair."""
+    return [{k: v for k, v in message.items() if k != "weight"} for message in messages]
+
+
+def _check_all_learned(answer: Sequence[Message], name: str) -> None:
+    if any(message.get("weight") == 0 for message in answer):
+        raise RowError(
+            f"a turn of {name} is marked as not learned, and the answers of a pair "
+            "are compared whole: take the mark out, or move the turn into the prompt"
+        )
 
 
 def _side(row: Row, column: str) -> list[Message]:
@@ -313,7 +356,7 @@ def ranked(row: Row, column: str, system_prompt: str | None) -> Iterator[dict[st
     prompt = (
         instruction(row, system_prompt)
         if asked == "instruction"
-        else _asked(row, asked, system_prompt)
+        else _unmarked(_asked(row, asked, system_prompt))
     )
     named = [
         (item, number, f"answer {number} of `{column}`") for number, item in enumerate(answers, 1)
@@ -323,6 +366,9 @@ def ranked(row: Row, column: str, system_prompt: str | None) -> Iterator[dict[st
         (float(-number), _answer(item, name)) if bare else _graded(item, name)
         for item, number, name in named
     ]
+    for (_, answer), (_, _, name) in zip(graded, named, strict=True):
+        _check_all_learned(answer, name)
+    graded = [(grade, _unmarked(answer)) for grade, answer in graded]
     graded.sort(key=lambda pair: -pair[0])
     for (high, better), (low, worse) in combinations(graded, 2):
         if high != low and better != worse:

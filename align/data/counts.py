@@ -30,6 +30,10 @@ class RenderStats:
     """Rows in which control tokens written in a message were kept as text."""
     split: int = 0
     """Rows that were cut at the start of an answer, where a token reached across."""
+    muted: int = 0
+    """Kept rows with turns of the assistant that are marked as not learned."""
+    foreign: int = 0
+    """Kept rows with turns of others that are marked to be learned, and are not."""
     ended: int = 0
     """Kept rows whose last token in the loss ends a turn or the text (both sides of a pair)."""
     tokens: int = 0
@@ -94,6 +98,12 @@ def sentences(stats: RenderStats, *, max_length: int | None, trains: bool) -> li
         (stats.idle, "left out: nothing to learn (an empty answer, or two equal sides)"),
         (stats.equal, "left out: both sides are the same after the cut"),
         (stats.escaped, "with control tokens in their text, which were kept as text"),
+        (stats.muted, "with answers that are marked as not learned: context, out of the loss"),
+        (
+            stats.foreign,
+            "with turns of others than the assistant marked to be learned: they stay context "
+            "(data.assistant_only_loss: false learns whole chats)",
+        ),
         (stats.split, "tokenized in two parts, as a token reached across the start of an answer"),
     )
     said += [f"{rows_of(count)} {text}" for count, text in counted if count]

@@ -8,6 +8,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
+from align.data.exact import TOOLS, as_text, held_exactly
 from align.errors import AlignError, Problem, fail
 from align.resources import display
 
@@ -24,15 +26,19 @@ MOST_PROBLEMS = 10
 Row = dict[str, Any]
 
 
-def read_table(file: Path) -> pa.Table:
+def read_table(file: Path, tools: str = TOOLS) -> pa.Table:
     """The rows of a file.
+
+    Args:
+        file: where they are.
+        tools: column of functions, which JSON rows keep as text (see `align.data.exact`).
 
     Raises:
         AlignError: it cannot be read, a row is broken, a column mixes types, or there is no row.
     """
     readers: dict[str, Callable[[Path], pa.Table]] = {
-        ".jsonl": _json_lines,
-        ".json": _json,
+        ".jsonl": partial(_json_lines, tools=tools),
+        ".json": partial(_json, tools=tools),
         ".csv": _csv,
         ".parquet": _parquet,
         ".arrow": _arrow,
@@ -52,10 +58,19 @@ def read_table(file: Path) -> pa.Table:
     return table
 
 
-def _json_lines(file: Path) -> pa.Table:
+def _json_lines(file: Path, tools: str) -> pa.Table:
     with file.open(encoding="utf-8-sig") as handle:
         lines = (line for line in handle if line.strip())
-        return _table(_parsed(lines, display(file)), display(file))
+        rows = _parsed(lines, display(file))
+        return _table((_exact(row, tools) for row in rows), display(file))
+
+
+def _exact(row: Row, tools: str) -> Row:
+    """A row of JSON whose functions, calls and marks stay as they were written."""
+    return {
+        name: as_text(value) if name == tools else held_exactly(value)
+        for name, value in row.items()
+    }
 
 
 def _parsed(lines: Iterable[str], where: str) -> Iterator[Row]:
@@ -80,13 +95,13 @@ def _no_object(row: Any, where: str) -> Problem:
     return Problem(f"is {kind_of(row)} and not an object with columns", where)
 
 
-def _json(file: Path) -> pa.Table:
+def _json(file: Path, tools: str) -> pa.Table:
     text, where = file.read_text(encoding="utf-8-sig"), display(file)
     try:
         content = json.loads(text)
     except ValueError as error:
         if "Extra data" in str(error):  # one object a line under the wrong name
-            return _json_lines(file)
+            return _json_lines(file, tools)
         fail(f"is not JSON: {error}", where=where)
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
@@ -100,7 +115,7 @@ def _json(file: Path) -> pa.Table:
     ]
     if problems:
         raise AlignError(*problems[:MOST_PROBLEMS])
-    return _table(rows, where)
+    return _table((_exact(row, tools) for row in rows), where)
 
 
 def _csv(file: Path) -> pa.Table:

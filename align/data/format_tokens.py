@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from align.data.conversations import Tools, Turns
 from align.data.encoding import Encoder
-from align.data.layout import STAND_INS, Turns, Typesetter
+from align.data.layout import STAND_INS, Typesetter
 
 MARK = chr(STAND_INS[-1])
 """Stands for a content while the template is rendered."""
@@ -36,18 +37,21 @@ class FormatTokens:
         self.encoder = Encoder(tokenizer)
         self._stretches: dict[tuple[tuple[str, bool], ...], list[_Stretch] | None] = {}
 
-    def mask(self, chat: Turns, ids: Sequence[int]) -> list[int]:
+    def mask(self, chat: Turns, ids: Sequence[int], tools: Tools = None) -> list[int]:
         """1 for every token of a whole chat that the template writes, 0 for the authors' tokens.
 
         Args:
             chat: the messages, prompt and answer together.
             ids: their token ids, as `Renderer` encodes them.
+            tools: the functions that the chat offers.
+
+        A call is its author's, whatever form the template gives it.
 
         A template that writes other control tokens for these contents than for short ones leaves
         only the control tokens themselves to be found.
         """
         control = self.encoder.control_ids
-        stretches = self._of_shape(chat)
+        stretches = self._of_shape(chat, tools)
         runs = _runs(ids, control)
         mask = [int(token in control) for token in ids]
         if stretches is None or len(stretches) != len(runs):
@@ -68,17 +72,23 @@ class FormatTokens:
         """The same for plain text, where the begin and end tokens alone are no author's."""
         return [int(token in self.encoder.control_ids) for token in ids]
 
-    def _of_shape(self, chat: Turns) -> list[_Stretch] | None:
-        shape = tuple((turn["role"], bool(turn["content"].strip())) for turn in chat)
+    def _of_shape(self, chat: Turns, tools: Tools) -> list[_Stretch] | None:
+        shape = tuple(
+            (turn["role"], bool(turn["content"].strip() or turn.get("tool_calls"))) for turn in chat
+        )
+        if tools:
+            return self._render(shape, tools)
         if shape not in self._stretches:
             self._stretches[shape] = self._render(shape)
         return self._stretches[shape]
 
-    def _render(self, shape: Sequence[tuple[str, bool]]) -> list[_Stretch] | None:
+    def _render(
+        self, shape: Sequence[tuple[str, bool]], tools: Tools = None
+    ) -> list[_Stretch] | None:
         turns: list[Mapping[str, str]] = [
             {"role": role, "content": MARK if filled else ""} for role, filled in shape
         ]
-        text = self.typesetter.written(turns)
+        text = self.typesetter.written(turns, tools)
         if text is None:
             return None
         found = []

@@ -6,20 +6,22 @@ from functools import partial
 from typing import Any, Literal, NoReturn
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, Value
 
 from align.config.sections import DataSection, Format
 from align.config.suggest import nearest
 from align.data import conversion
-from align.data.conversion import NothingToLearn, RowError
+from align.data.conversion import NothingToLearn
 from align.data.counts import rows_of
+from align.data.exact import TOOLS, as_text
+from align.data.extras import NONE, Extras, extras_of, pruned, turns
 from align.data.files import MOST_PROBLEMS
 from align.data.sources import Indices, Source
+from align.data.tool_use import LEAVE_OUT, RowError, functions, stored
 from align.errors import AlignError, Problem, fail
 
 Purpose = Literal["demonstrations", "preference", "prompts"]
 
-TURNS = List({"role": Value("string"), "content": Value("string")})
 TEXT = Value("string")
 
 TOLERATED = 0.01
@@ -87,6 +89,8 @@ class Recognised:
     """Whether pairs say how much better the chosen answer is."""
     sentence: str
     """What was recognised, for the user."""
+    extras: Extras = NONE
+    """What the rows hold beside roles and contents: tools, their calls, marks."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,28 @@ def recognise(source: Source, purpose: Purpose) -> Recognised:
     margin = column in RANKED
     margin |= "margin" in names or {"score_chosen", "score_rejected"} <= names
     margin &= purpose == "preference"
-    sentence = _sentence(source, form, is_chat, column, margin)
-    return Recognised(purpose, form, is_chat, column, margin, sentence)
+    extras = extras_of(source.dataset, mapping.get(TOOLS, TOOLS)) if is_chat else NONE
+    if not is_chat:
+        _refuse_tools(source, mapping.get(TOOLS, TOOLS))
+    sentence = _sentence(source, form, is_chat, column, margin, extras)
+    return Recognised(purpose, form, is_chat, column, margin, sentence, extras)
+
+
+def _refuse_tools(source: Source, column: str) -> None:
+    """Plain text has no template that would write its functions."""
+    if column not in source.dataset.column_names:
+        return
+    for row, value in enumerate(source.dataset[column]):
+        try:
+            found = functions(value, column)
+        except RowError:
+            return  # some other column of that name
+        if found:
+            fail(
+                f"has functions in `{column}`, and is plain text, which no chat template renders",
+                where=source.where(row),
+                hint=f"give messages instead of text; {LEAVE_OUT}",
+            )
 
 
 def _checked_mapping(source: Source) -> dict[str, str]:
@@ -214,7 +238,9 @@ def _first(source: Source, column: str, mapping: Mapping[str, str]) -> Any:
     return next((value for value in values if value), None)
 
 
-def _sentence(source: Source, form: Format, is_chat: bool, column: str, margin: bool) -> str:
+def _sentence(
+    source: Source, form: Format, is_chat: bool, column: str, margin: bool, extras: Extras
+) -> str:
     manner = "messages" if is_chat else "plain text without a chat template"
     pairs = "ranked answers" if column in RANKED else "preference pairs"
     generic = {
@@ -224,6 +250,7 @@ def _sentence(source: Source, form: Format, is_chat: bool, column: str, margin: 
     }
     said = generic.get(form) or SAID[form]
     said += " with a margin" if margin else ""
+    said += extras.said()
     said += (
         ", those with a true `label`" if form == "prompt_completion" and _labelled(source) else ""
     )
@@ -258,6 +285,8 @@ def to_canonical(source: Source, form: Recognised, data: DataSection) -> Canonic
     if form.purpose == "prompts":
         kept = {**known, **{ours: known[theirs] for ours, theirs in mapping.items()}}
         kept.pop("prompt", None)
+        if form.extras.tools:
+            kept.pop(TOOLS, None)
     new = {**_features(form), "_row": Value("int64"), "_problem": TEXT, "_idle": Value("bool")}
     features = Features({**kept, **new})
     dataset = source.dataset
@@ -266,7 +295,12 @@ def to_canonical(source: Source, form: Recognised, data: DataSection) -> Canonic
         dataset, source = dataset.select(good), source.take(good)
     made = dataset.map(
         partial(
-            _convert_batch, form=form, system=data.system_prompt, mapping=mapping, kept=list(kept)
+            _convert_batch,
+            form=form,
+            system=data.system_prompt,
+            mapping=mapping,
+            kept=list(kept),
+            known=form.extras.structured(known),
         ),
         batched=True,
         with_indices=True,
@@ -311,15 +345,16 @@ def raise_problems(problems: Sequence[Problem]) -> None:
 
 
 def _features(form: Recognised) -> dict[str, Any]:
-    side = TURNS if form.chat else TEXT
+    side = turns(form.extras) if form.chat else TEXT
+    more = {TOOLS: TEXT} if form.extras.tools else {}
     if form.purpose == "prompts":
-        return {"prompt": side}
+        return {"prompt": side} | more
     if form.purpose == "preference":
-        features = {"prompt": side, "chosen": side, "rejected": side}
+        features = {"prompt": side, "chosen": side, "rejected": side} | more
         return features | ({"margin": Value("float64")} if form.margin else {})
     if form.format == "prompt_completion":
-        return {"prompt": side, "completion": side}
-    return {"text": TEXT} if form.format == "text" else {"messages": TURNS}
+        return {"prompt": side, "completion": side} | more
+    return {"text": TEXT} if form.format == "text" else {"messages": side} | more
 
 
 def _convert_batch(
@@ -330,14 +365,16 @@ def _convert_batch(
     system: str | None,
     mapping: Mapping[str, str],
     kept: Sequence[str],
+    known: Mapping[str, Any],
 ) -> dict[str, list[Any]]:
     names = [*_features(form), "_row", "_problem", "_idle"]
     made: dict[str, list[Any]] = {name: [] for name in names}
     for place, index in enumerate(indices):
         row = {name: values[place] for name, values in batch.items()}
-        row |= {ours: batch[theirs][place] for ours, theirs in mapping.items()}
+        row |= {name: pruned(row[name], feature) for name, feature in known.items()}
+        row |= {ours: row[theirs] for ours, theirs in mapping.items()}
         try:
-            canonical = [{**item, "_row": index} for item in _convert(row, form, system)]
+            canonical = [{**item, "_row": index} for item in _completed(row, form, system)]
         except RowError as error:
             idle = isinstance(error, NothingToLearn)
             canonical = [{"_row": index, "_problem": str(error), "_idle": idle}]
@@ -345,6 +382,23 @@ def _convert_batch(
             for name in names:
                 made[name].append(item.get(name))
     return {**{name: batch[mapping.get(name, name)] for name in kept}, **made}
+
+
+def _completed(row: conversion.Row, form: Recognised, system: str | None) -> list[dict[str, Any]]:
+    """The canonical rows of a row, with its functions, as a table holds them."""
+    if not form.chat:
+        return _convert(row, form, system)
+    found = functions(row.get(TOOLS), TOOLS) if form.extras.tools else None
+    more = {TOOLS: as_text(found)} if form.extras.tools else {}
+    keys = form.extras.keys
+    return [
+        {
+            name: [stored(turn, keys) for turn in value] if isinstance(value, list) else value
+            for name, value in item.items()
+        }
+        | more
+        for item in _convert(row, form, system)
+    ]
 
 
 def _convert(row: conversion.Row, form: Recognised, system: str | None) -> list[dict[str, Any]]:

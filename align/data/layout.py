@@ -7,15 +7,25 @@ Nothing here is a token yet. Templates are only ever rendered, never read, so on
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from align.data.conversations import (
+    Conversation,
+    Reading,
+    Tools,
+    Turns,
+    call_ends,
+    probe,
+    read_probe,
+    strings_of,
+    swapped,
+)
 from align.errors import Problem
 from align.models.tokenizer import ChatFacts, chat_facts, render_marked
 
-Turns = Sequence[Mapping[str, str]]
-"""Messages, each with `role` and `content`."""
 Span = tuple[int, int]
 """Start and end."""
 
@@ -52,6 +62,8 @@ class Layout:
     protected: Protected = Protected()
     follows: bool = True
     """Whether every span begins exactly where a generation prompt ends."""
+    muted: list[int] = field(default_factory=list)
+    """Places in `spans` of the turns that are marked as not learned."""
 
 
 def protect(contents: Sequence[str], pattern: re.Pattern[str]) -> tuple[list[str], Protected]:
@@ -77,6 +89,8 @@ class Typesetter:
         self.tokenizer = tokenizer
         self.facts: ChatFacts = chat_facts(tokenizer)
         self._skeletons: dict[tuple[object, ...], tuple[int, ...]] = {}
+        self._readings: dict[tuple[object, ...], Reading] = {}
+        self._call_ends = call_ends(tokenizer, self.facts)
 
     def plain(self, text: str, completion: str | None = None) -> Layout:
         """Begin token and text, then, where there is one, the completion and the end token.
@@ -95,70 +109,109 @@ class Typesetter:
         start, whole = len(begin + head), begin + head + tail[0] + end
         return Layout(whole, control, [(start, len(whole))], [start], protected)
 
-    def prompts(self, chats: Sequence[Turns]) -> list[Layout | Problem]:
-        """Chats up to where the answer begins."""
-        return self._lay_out(chats, [len(chat) for chat in chats], opened=True)
+    def prompts(
+        self, chats: Sequence[Turns], tools: Sequence[Tools] | None = None
+    ) -> list[Layout | Problem]:
+        """Chats up to where the answer begins; `tools` are the functions of each."""
+        return self._lay_out(chats, tools, [len(chat) for chat in chats], opened=True)
 
     def chats(
-        self, chats: Sequence[Turns], first: Sequence[int] | None = None
+        self,
+        chats: Sequence[Turns],
+        first: Sequence[int] | None = None,
+        tools: Sequence[Tools] | None = None,
     ) -> list[Layout | Problem]:
         """Whole chats, with a span for each assistant turn from message `first` of the row on.
 
         A turn begins where the chat before it, rendered with the generation prompt, ends; it ends
         behind the token that ends it.
         """
-        return self._lay_out(chats, first or [0] * len(chats))
+        return self._lay_out(chats, tools, first or [0] * len(chats))
 
-    def written(self, chat: Turns) -> str | None:
+    def written(self, chat: Turns, tools: Tools = None) -> str | None:
         """A whole chat as the template writes it; None where it refuses these turns."""
-        result = self._render([chat])[0]
+        result = self._render([Conversation.of(chat, tools)])[0]
         return None if isinstance(result, Problem) else result[0]
 
     def _lay_out(
-        self, chats: Sequence[Turns], first: Sequence[int], *, opened: bool = False
+        self,
+        chats: Sequence[Turns],
+        tools: Sequence[Tools] | None,
+        first: Sequence[int],
+        *,
+        opened: bool = False,
     ) -> list[Layout | Problem]:
-        protected = [self._protect(chat) for chat in chats]
-        turns = [chat for chat, _ in protected]
+        pairs = zip(chats, tools or [None] * len(chats), strict=True)
+        protected = [self._protect(Conversation.of(chat, given)) for chat, given in pairs]
+        readings = [self._reading(conversation, opened) for conversation, _ in protected]
+        given = [c.adapted(r) for (c, _), r in zip(protected, readings, strict=True)]
         markers = self.facts.has_markers and not opened
-        rendered = self._render(turns, markers=markers, opened=opened)
-        prefixes = self._prefixes(turns)
+        rendered = self._render(given, markers=markers, opened=opened)
+        prefixes = self._prefixes(given)
         layouts: list[Layout | Problem] = []
         for place, result in enumerate(rendered):
             if isinstance(result, Problem):
                 layouts.append(result)
                 continue
-            chat = turns[place]
+            if (unread := readings[place].problem) is not None:
+                layouts.append(unread)
+                continue
+            chat = given[place]
             layout = Layout(result[0], self._skeleton(chat, opened), protected=protected[place][1])
             problem = self._find_turns(layout, chat, first[place], prefixes[place])
+            if problem is None:
+                weights = [turn.get("weight") for turn in chats[place]]
+                learned = [w for turn, w in enumerate(weights) if turn in prefixes[place]]
+                _mute(layout, learned)
             if problem is None and markers and first[place] == 0:
                 problem = self._compare(layout, result[1])
             layouts.append(problem or layout)
         return layouts
 
-    def _protect(self, chat: Turns) -> tuple[list[dict[str, str]], Protected]:
-        contents, protected = protect([turn["content"] for turn in chat], self.facts.pattern)
-        pairs = zip(chat, contents, strict=True)
-        return [{"role": turn["role"], "content": content} for turn, content in pairs], protected
+    def _protect(self, conversation: Conversation) -> tuple[Conversation, Protected]:
+        strings = list(strings_of(conversation))
+        taken, protected = protect(strings, self.facts.pattern)
+        if not protected.originals:
+            return conversation, protected
+        return swapped(conversation, dict(zip(strings, taken, strict=True))), protected
 
-    def _prefixes(self, chats: Sequence[Turns]) -> list[dict[int, str | None]]:
+    def _reading(self, conversation: Conversation, opened: bool) -> Reading:
+        """What the template makes of the tools in such a chat, tried once for each shape of chat."""
+        if not conversation.uses_tools:
+            return Reading()
+        key = (opened, conversation.shape)
+        if key not in self._readings:
+            self._readings[key] = read_probe(
+                lambda asked: self._render([asked], opened=opened)[0],
+                probe(conversation),
+                self.facts.pattern,
+                self._call_ends,
+            )
+        return self._readings[key]
+
+    def _prefixes(self, chats: Sequence[Conversation]) -> list[dict[int, str | None]]:
         """For each chat: assistant turn -> the text before it as a prompt, where there is one."""
         found: list[dict[int, str | None]] = [
-            {turn: None for turn, message in enumerate(chat) if message["role"] == "assistant"}
+            {
+                turn: None
+                for turn, message in enumerate(chat.turns)
+                if message["role"] == "assistant"
+            }
             for chat in chats
         ]
         places = [(row, turn) for row, turns in enumerate(found) for turn in turns if turn > 0]
-        prompts = self._render([chats[row][:turn] for row, turn in places], opened=True)
+        prompts = self._render([chats[row].upto(turn) for row, turn in places], opened=True)
         for (row, turn), result in zip(places, prompts, strict=True):
             found[row][turn] = None if isinstance(result, Problem) else result[0]
         return found
 
     def _find_turns(
-        self, layout: Layout, chat: Turns, first: int, prefixes: Mapping[int, str | None]
+        self, layout: Layout, chat: Conversation, first: int, prefixes: Mapping[int, str | None]
     ) -> Problem | None:
-        places: list[Span] | None = None
+        places: dict[int, Span] | None = None
         for turn, prefix in prefixes.items():
             if prefix is not None and layout.text.startswith(prefix):
-                content = chat[turn]["content"].strip()
+                content = chat.turns[turn]["content"].strip()
                 start = len(prefix)
                 end = layout.text.find(content, start)
                 end += len(content) if end >= 0 else 0
@@ -166,38 +219,61 @@ class Typesetter:
                 # The template writes the turns before this one differently once the chat goes on.
                 layout.follows = layout.follows and turn < first
                 places = places if places is not None else self._contents(layout.text, chat)
-                start, end = places[turn] if places else (-1, -1)
+                start, end = places.get(turn, (-1, -1))
             if end >= 0:
                 layout.cuts.append(start)
             if turn < first:
                 continue
+            if end < 0 and "tool_calls" in chat.turns[turn]:
+                return Problem(
+                    f"the chat template writes what leads to the calls of message {turn + 1} in "
+                    "another way once the chat goes on, so where they begin cannot be told",
+                    hint="end the row behind that answer, or give a template that only adds to a "
+                    "chat with model.chat_template_path",
+                )
             if end < 0:
                 return Problem(
                     f"the chat template leaves out or changes the answer in message {turn + 1}",
                     hint="give a template that writes every answer with model.chat_template_path",
                 )
-            token = self.facts.pattern.search(layout.text, end)
-            if token and token.group() in self.facts.turn_ends:
-                end = token.end()
-            layout.spans.append((start, end))
+            layout.spans.append((start, self._end_of_turn(layout.text, end, chat.turns[turn])))
         return None
 
-    def _contents(self, text: str, chat: Turns) -> list[Span]:
-        """Where the content of every message lies in the rendered text; empty if it cannot be told.
+    def _end_of_turn(self, text: str, end: int, turn: Mapping[str, Any]) -> int:
+        """Where the token behind a turn ends; `end` is the end of the turn's content.
 
-        Found by rendering the chat once more with two unused characters around each content.
+        Behind a content that is the next control token, if it ends turns. Calls may hold control
+        tokens of their own: there it is the first one that ends turns, as the reading has proved.
+        """
+        for token in self.facts.pattern.finditer(text, end):
+            ends = self._call_ends if turn.get("tool_calls") else self.facts.turn_ends
+            if token.group() in ends:
+                return token.end()
+            if not turn.get("tool_calls"):
+                break
+        return end
+
+    def _contents(self, text: str, chat: Conversation) -> dict[int, Span]:
+        """Where the content of each message lies in the rendered text; empty if it cannot be told.
+
+        Found by rendering the chat once more with two unused characters around each content. A turn
+        that is nothing but calls has no place: a content would change how it is written.
         """
         unused = (chr(code) for code in STAND_INS if chr(code) not in text)
         left, right = next(unused), next(unused)
-        wrapped = []
-        for turn in chat:
+        wrapped, found = [], []
+        for number, turn in enumerate(chat.turns):
             content = turn["content"]
             core = content.strip()
+            if not core and "tool_calls" in turn:
+                wrapped.append(turn)
+                continue
             before, _, after = content.partition(core) if core else (content, "", "")
-            wrapped.append({"role": turn["role"], "content": f"{before}{left}{core}{right}{after}"})
-        result = self._render([wrapped])[0]
+            wrapped.append({**turn, "content": f"{before}{left}{core}{right}{after}"})
+            found.append(number)
+        result = self._render([Conversation(wrapped, chat.tools)])[0]
         if isinstance(result, Problem):
-            return []
+            return {}
         head, *pieces = result[0].split(left)
         places, position = [], len(head)
         for piece in pieces:
@@ -205,7 +281,7 @@ class Typesetter:
             places.append((position, position + len(core)))
             position += len(core) + len(rest)
         same = result[0].replace(left, "").replace(right, "") == text
-        return places if same and len(places) == len(chat) else []
+        return dict(zip(found, places, strict=True)) if same and len(places) == len(found) else {}
 
     def _compare(self, layout: Layout, marked: Sequence[Span]) -> Problem | None:
         """What is wrong if the template's own markers leave out a part of an answer.
@@ -213,7 +289,7 @@ class Typesetter:
         They may leave out the token that ends the turn, and hold what the template writes
         around it.
         """
-        ends = "|".join(map(re.escape, [*self.facts.turn_ends, self.tokenizer.eos_token or ""]))
+        ends = "|".join(map(re.escape, [*self.facts.turn_ends, *self._call_ends]))
         for start, end in _outside(layout.spans, marked):
             if rest := re.sub(ends, "", layout.text[start:end]).strip():
                 return Problem(
@@ -224,10 +300,22 @@ class Typesetter:
         return None
 
     def _render(
-        self, chats: Sequence[Turns], *, markers: bool = False, opened: bool = False
+        self, chats: Sequence[Conversation], *, markers: bool = False, opened: bool = False
     ) -> list[tuple[str, list[Span]] | Problem]:
-        if not chats:
-            return []
+        groups: dict[str, list[int]] = {}
+        for place, chat in enumerate(chats):
+            groups.setdefault(repr(chat.tools), []).append(place)
+        results: dict[int, tuple[str, list[Span]] | Problem] = {}
+        for places in groups.values():
+            alike = [chats[place] for place in places]
+            made = self._render_alike(alike, markers=markers, opened=opened)
+            results.update(zip(places, made, strict=True))
+        return [results[place] for place in range(len(chats))]
+
+    def _render_alike(
+        self, chats: Sequence[Conversation], *, markers: bool, opened: bool
+    ) -> list[tuple[str, list[Span]] | Problem]:
+        """Render chats that offer the same functions."""
         if self.tokenizer.chat_template is None:
             problem = Problem(
                 "the rows are chats, and the tokenizer has no chat template",
@@ -236,26 +324,47 @@ class Typesetter:
             return [problem] * len(chats)
         try:
             texts, spans = render_marked(
-                self.tokenizer, chats, markers=markers, add_generation_prompt=opened
+                self.tokenizer,
+                [chat.turns for chat in chats],
+                tools=chats[0].tools,
+                markers=markers,
+                add_generation_prompt=opened,
             )
         except (TemplateError, TypeError, ValueError) as error:
             if len(chats) == 1:
-                return [_refusal(chats[0], error)]
-            alone = (self._render([chat], markers=markers, opened=opened) for chat in chats)
-            return [result for results in alone for result in results]
+                return [_refusal(chats[0].turns, error)]
+            return [
+                result
+                for chat in chats
+                for result in self._render_alike([chat], markers=markers, opened=opened)
+            ]
         return list(zip(texts, spans or [[]] * len(texts), strict=True))
 
-    def _skeleton(self, chat: Turns, opened: bool) -> tuple[int, ...]:
-        """The control tokens that the template writes for turns of these roles."""
-        shape = tuple((turn["role"], bool(turn["content"].strip())) for turn in chat)
-        key = (opened, shape)
-        if key not in self._skeletons:
-            neutral = [{"role": role, "content": "x" if filled else ""} for role, filled in shape]
-            result = self._render([neutral], opened=opened)[0]
+    def _skeleton(self, chat: Conversation, opened: bool) -> tuple[int, ...]:
+        """The control tokens that the template writes for turns of these roles.
+
+        Functions and calls are given as they are, with no control token of their own left in them.
+        """
+        neutral = [
+            {**turn, "content": "x" if turn["content"].strip() else ""} for turn in chat.turns
+        ]
+        key = (opened, *((turn["role"], turn["content"]) for turn in neutral))
+        known = not chat.tools and all(len(turn) == 2 for turn in neutral)
+        if not known or key not in self._skeletons:
+            result = self._render([Conversation(neutral, chat.tools)], opened=opened)[0]
             text = "" if isinstance(result, Problem) else result[0]
             tokens = self.facts.pattern.findall(text)
-            self._skeletons[key] = tuple(self.facts.control[token] for token in tokens)
+            found = tuple(self.facts.control[token] for token in tokens)
+            if not known:
+                return found
+            self._skeletons[key] = found
         return self._skeletons[key]
+
+
+def _mute(layout: Layout, weights: Sequence[int | None]) -> None:
+    """Mark the spans whose turn is not learned; `weights` are the assistant turns', all of them."""
+    taken = weights[len(weights) - len(layout.spans) :]
+    layout.muted = [place for place, weight in enumerate(taken) if weight == 0]
 
 
 def _outside(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:

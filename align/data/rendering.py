@@ -5,7 +5,9 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.sections import DataSection
 from align.data.counts import RenderStats, lengths_of, sentences
+from align.data.extras import NONE
 from align.data.fingerprint import SourceInfo, entries
 from align.data.formats import recognise, to_canonical
 from align.data.sequences import (
@@ -219,9 +222,13 @@ def _render_all(
     **options: bool,
 ) -> RenderedRows:
     parts = []
-    for source in sources:
-        form = recognise(source, PURPOSES[kind])
+    forms = [recognise(source, PURPOSES[kind]) for source in sources]
+    # One table holds the prompts of all sources, whatever some of them lack.
+    together = reduce(or_, (form.extras for form in forms if form.chat), NONE)
+    for source, form in zip(sources, forms, strict=True):
         notes.append(form.sentence)
+        if kind == "prompts" and form.chat:
+            form = replace(form, extras=replace(together, column=form.extras.column))
         parts.append(to_canonical(source, form, data))
         notes += [f"left out: {problem}" for problem in parts[-1].left_out[:3]]
     rendered = [
@@ -233,8 +240,8 @@ def _render_all(
         tables = [part.dataset for part in rendered]
         if kind != "prompts" and not all("margin" in table.column_names for table in tables):
             tables = [t.remove_columns({"margin"} & set(t.column_names)) for t in tables]
-        together = concatenate(tables, "data.datasets")
-        shuffled = together.shuffle(seed=SEED, keep_in_memory=True).flatten_indices(
+        joined = concatenate(tables, "data.datasets")
+        shuffled = joined.shuffle(seed=SEED, keep_in_memory=True).flatten_indices(
             keep_in_memory=True
         )
         rows = RenderedRows(shuffled, _added([part.stats for part in rendered], shuffled, kind))

@@ -6,9 +6,10 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from align.data.conversations import Tools, Turns, call_ends
 from align.data.encoding import Encoded, Encoder
 from align.data.format_tokens import FormatTokens
-from align.data.layout import Layout, Turns, Typesetter
+from align.data.layout import Layout, Typesetter
 from align.errors import AlignError, Problem
 
 Prompt = str | Turns
@@ -29,6 +30,10 @@ class Rendered:
     """Whether a control token written in the row was kept as text."""
     split: bool = False
     """Whether the text was cut at the start of an answer, where a token reached across."""
+    muted: bool = False
+    """Whether a turn of the assistant is marked as not learned."""
+    foreign: bool = False
+    """Whether a turn of someone else is marked to be learned, and is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +58,29 @@ class Renderer:
         self.typesetter = Typesetter(tokenizer)
         self.encoder = Encoder(tokenizer)
         self.format_tokens = FormatTokens(tokenizer)
-        tokens = [*self.typesetter.facts.turn_ends, tokenizer.eos_token]
-        self.end_ids = frozenset(self.typesetter.facts.control[token] for token in tokens if token)
+        facts = self.typesetter.facts
+        tokens = {*facts.turn_ends, *call_ends(tokenizer, facts), tokenizer.eos_token}
+        self.end_ids = frozenset(facts.control[token] for token in tokens if token)
 
     def chats(
-        self, chats: Sequence[Turns], *, first: Sequence[int] | None = None, whole: bool = False
+        self,
+        chats: Sequence[Turns],
+        *,
+        first: Sequence[int] | None = None,
+        whole: bool = False,
+        tools: Sequence[Tools] | None = None,
     ) -> list[Rendered | Problem]:
-        """Chats as `apply_chat_template` tokenizes them.
+        """Chats as `apply_chat_template` tokenizes them, each with the functions that it offers.
 
         The loss is on assistant turns with the token that ends each of them, or, with `whole`, on
-        every token. `first` gives for each row the first message that may be in the loss.
+        every token; turns with the weight 0 are in no loss. `first` gives for each row the first
+        message that may be in the loss.
         """
-        return self._sequences(self.typesetter.chats(chats, first), whole=whole)
+        made = self._sequences(self.typesetter.chats(chats, first, tools), whole=whole)
+        return [
+            _with_others(item, chat, whole) if isinstance(item, Rendered) else item
+            for chat, item in zip(chats, made, strict=True)
+        ]
 
     def completions(
         self, prompts: Sequence[str], completions: Sequence[str]
@@ -77,35 +93,46 @@ class Renderer:
         """Plain texts between begin and end token, every token in the loss."""
         return self._sequences([self.typesetter.plain(text, "") for text in texts], whole=True)
 
-    def prompts(self, prompts: Sequence[Prompt]) -> list[list[int] | Problem]:
+    def prompts(
+        self, prompts: Sequence[Prompt], tools: Sequence[Tools] | None = None
+    ) -> list[list[int] | Problem]:
         """Prompts up to where the answer begins: chats with the generation prompt, plain text."""
-        encoded = self._encode(self._opened(prompts))
+        encoded = self._encode(self._opened(prompts, tools))
         return [item if isinstance(item, Problem) else item[1].ids for item in encoded]
 
     def answers(
-        self, rows: Sequence[tuple[Prompt, Sequence[Prompt]]], *, formats: bool = False
+        self,
+        rows: Sequence[tuple[Prompt, Sequence[Prompt]]],
+        *,
+        formats: bool = False,
+        tools: Sequence[Tools] | None = None,
     ) -> list[Answered | Problem]:
         """Prompts, each with the same number of completions; with `formats`, their format masks.
+
+        `tools` are the functions that each prompt offers.
 
         A completion ends behind the token that ends its turn; what the template writes after that
         (a line break in ChatML) is left out, as a sampled answer ends there too.
         """
         if not rows:
             return []
-        prompts = self._encode(self._opened([prompt for prompt, _ in rows]))
-        columns = [self._encode(self._whole(rows, number)) for number in range(len(rows[0][1]))]
+        prompts = self._encode(self._opened([prompt for prompt, _ in rows], tools))
+        sides = range(len(rows[0][1]))
+        columns = [self._encode(self._whole(rows, number, tools)) for number in sides]
         joined = [
             self._join(prompt, wholes) for prompt, *wholes in zip(prompts, *columns, strict=True)
         ]
         if not formats:
             return joined
-        pairs = zip(rows, joined, strict=True)
+        given = tools or [None] * len(rows)
         return [
-            answer if isinstance(answer, Problem) else self._with_formats(row, answer)
-            for row, answer in pairs
+            answer if isinstance(answer, Problem) else self._with_formats(row, answer, offered)
+            for row, answer, offered in zip(rows, joined, given, strict=True)
         ]
 
-    def _with_formats(self, row: tuple[Prompt, Sequence[Prompt]], answer: Answered) -> Answered:
+    def _with_formats(
+        self, row: tuple[Prompt, Sequence[Prompt]], answer: Answered, tools: Tools
+    ) -> Answered:
         prompt, completions = row
         masks = []
         for completion, ids in zip(completions, answer.completions, strict=True):
@@ -113,17 +140,22 @@ class Renderer:
             if isinstance(prompt, str) or isinstance(completion, str):
                 mask = self.format_tokens.plain_mask(whole)
             else:
-                mask = self.format_tokens.mask([*prompt, *completion], whole)
+                mask = self.format_tokens.mask([*prompt, *completion], whole, tools)
             masks.append(mask[len(answer.prompt_ids) :])
         return replace(answer, formats=masks)
 
-    def _opened(self, prompts: Sequence[Prompt]) -> list[Layout | Problem]:
+    def _opened(
+        self, prompts: Sequence[Prompt], tools: Sequence[Tools] | None
+    ) -> list[Layout | Problem]:
         if all(isinstance(prompt, str) for prompt in prompts):
             return [self.typesetter.plain(str(prompt)) for prompt in prompts]
-        return self.typesetter.prompts([p for p in prompts if not isinstance(p, str)])
+        return self.typesetter.prompts([p for p in prompts if not isinstance(p, str)], tools)
 
     def _whole(
-        self, rows: Sequence[tuple[Prompt, Sequence[Prompt]]], number: int
+        self,
+        rows: Sequence[tuple[Prompt, Sequence[Prompt]]],
+        number: int,
+        tools: Sequence[Tools] | None,
     ) -> list[Layout | Problem]:
         """Layouts of prompt and completion, with the completion as the only span."""
         if isinstance(rows[0][0], str):
@@ -133,7 +165,7 @@ class Renderer:
             ]
         chats = [[*prompt, *completions[number]] for prompt, completions in rows]
         first = [len(prompt) for prompt, _ in rows]
-        layouts = self.typesetter.chats(chats, first)
+        layouts = self.typesetter.chats(chats, first, tools)
         for layout in layouts:
             if isinstance(layout, Layout):
                 layout.spans = [(layout.spans[0][0], layout.spans[-1][1])]
@@ -176,12 +208,15 @@ class Renderer:
                 continue
             layout, encoded = item
             mask = [int(whole)] * len(encoded.ids)
-            for low, high in encoded.spans:
-                mask[low:high] = [1] * (high - low)
-            last = encoded.spans[-1][1] if encoded.spans else 0
+            learned = [n not in layout.muted for n in range(len(encoded.spans))]
+            for (low, high), on in zip(encoded.spans, learned, strict=True):
+                mask[low:high] = [int(on)] * (high - low)
+            ends = [end for (_, end), on in zip(encoded.spans, learned, strict=True) if on]
+            last = ends[-1] if ends else 0
             ended = last > 0 and encoded.ids[last - 1] in self.end_ids
             escaped = bool(layout.protected.originals)
-            results.append(Rendered(encoded.ids, mask, ended, escaped, encoded.split))
+            muted = bool(layout.muted)
+            results.append(Rendered(encoded.ids, mask, ended, escaped, encoded.split, muted))
         return results
 
     def _encode(
@@ -199,6 +234,23 @@ class Renderer:
         return results
 
 
+def _with_others(item: Rendered, chat: Turns, whole: bool) -> Rendered | Problem:
+    """What the marks on turns of others than the assistant come to."""
+    marks = [
+        (number, turn["weight"])
+        for number, turn in enumerate(chat, 1)
+        if turn["role"] != "assistant" and turn.get("weight") is not None
+    ]
+    out = [number for number, weight in marks if weight == 0]
+    if whole and out:
+        return Problem(
+            f"message {out[0]} is marked as not learned, and every token of the row is in the loss",
+            hint="set data.assistant_only_loss: true, or take the mark out",
+        )
+    foreign = not whole and len(out) < len(marks)
+    return replace(item, foreign=True) if foreign else item
+
+
 def _only(outcomes: Sequence[Outcome | Problem]) -> Outcome:
     (outcome,) = outcomes
     if isinstance(outcome, Problem):
@@ -207,19 +259,25 @@ def _only(outcomes: Sequence[Outcome | Problem]) -> Outcome:
 
 
 def render_messages(
-    tokenizer: PreTrainedTokenizerBase, messages: Turns, *, assistant_only: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Turns,
+    *,
+    assistant_only: bool = True,
+    tools: Tools = None,
 ) -> Rendered:
     """A whole chat as `apply_chat_template` tokenizes it, with the loss on the assistant's turns.
 
     Raises:
         AlignError: the tokenizer has no template, or the template refuses these turns.
     """
-    return _only(Renderer(tokenizer).chats([messages], whole=not assistant_only))
+    return _only(Renderer(tokenizer).chats([messages], whole=not assistant_only, tools=[tools]))
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tools: Tools = None
+) -> list[int]:
     """A prompt up to where the answer begins, as it is given to a model that answers it."""
-    return _only(Renderer(tokenizer).prompts([prompt]))
+    return _only(Renderer(tokenizer).prompts([prompt], [tools]))
 
 
 def render_completion(

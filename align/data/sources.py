@@ -1,16 +1,26 @@
 """Rows of a recipe: files, folders, cards and Hub ids, sliced and mixed."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+)
 from datasets.table import InMemoryTable
 from numpy.typing import NDArray
 
 from align.config.sections import DataSection, DatasetEntry, Format
 from align.data.cards import Location, locate
+from align.data.exact import TOOLS
 from align.data.files import read_table
 from align.data.fingerprint import SourceInfo, describe_location, entries
 from align.errors import AlignError, fail
@@ -73,7 +83,7 @@ def load_sources(data: DataSection, split: str | None = None) -> list[Source]:
 
 
 def _load(entry: DatasetEntry, data: DataSection) -> Source:
-    parts = [_load_part(entry, part) for part in entry.split.split("+")]
+    parts = [_load_part(entry, part, data) for part in entry.split.split("+")]
     source = parts[0] if len(parts) == 1 else _joined(entry, parts)
     if not len(source):
         fail(
@@ -84,7 +94,15 @@ def _load(entry: DatasetEntry, data: DataSection) -> Source:
     given = entry.columns or data.columns
     # What the recipe says of its columns replaces what the card says of them, its format included.
     form = data.format if data.format != "auto" or given else source.format
-    return replace(source, columns=given or source.columns, format=form)
+    source = replace(source, columns=given or source.columns, format=form)
+    return source if data.use_tools else _without_tools(source)
+
+
+def _without_tools(source: Source) -> Source:
+    """The rows without their functions."""
+    columns = {ours: name for ours, name in (source.columns or {}).items() if ours != TOOLS}
+    dataset = source.dataset.remove_columns({TOOLS} & set(source.dataset.column_names))
+    return replace(source, dataset=dataset, columns=columns)
 
 
 def _joined(entry: DatasetEntry, parts: Sequence[Source]) -> Source:
@@ -100,7 +118,7 @@ def _joined(entry: DatasetEntry, parts: Sequence[Source]) -> Source:
     )
 
 
-def _load_part(entry: DatasetEntry, split: str) -> Source:
+def _load_part(entry: DatasetEntry, split: str, data: DataSection) -> Source:
     match = SLICE.fullmatch(split)
     if match is None:
         fail(
@@ -114,7 +132,8 @@ def _load_part(entry: DatasetEntry, split: str) -> Source:
         files: tuple[tuple[str, int], ...] = ((f"{location.hub} ({location.split})", len(dataset)),)
         infos: tuple[SourceInfo, ...] = (_hub_info(location, dataset),)
     else:
-        tables = [read_table(file) for file in location.files]
+        mapping = entry.columns or data.columns or location.mapping
+        tables = [read_table(file, mapping.get(TOOLS, TOOLS)) for file in location.files]
         sets = [Dataset(InMemoryTable(table)) for table in tables]
         dataset = concatenate(sets, entry.path)
         sizes = [table.num_rows for table in tables]
@@ -147,7 +166,7 @@ def _cut(bound: str | None, size: int, default: int) -> int | None:
 
 
 def concatenate(datasets: Sequence[Dataset], where: str) -> Dataset:
-    """Rows one after another; columns that some lack are empty there.
+    """Rows one after another; columns, and keys of objects in them, that some lack are empty there.
 
     Raises:
         AlignError: a column has different types.
@@ -155,13 +174,55 @@ def concatenate(datasets: Sequence[Dataset], where: str) -> Dataset:
     if len(datasets) == 1:
         return datasets[0]
     try:
-        return concatenate_datasets(list(datasets))
+        wider = _widest([dataset.features for dataset in datasets])
+        alike = [_widened(dataset, wider) for dataset in datasets]
+        return concatenate_datasets(alike)
     except (ValueError, TypeError) as error:
         fail(
             f"its parts have columns of different types: {str(error).splitlines()[0]}",
             where=where,
             hint="give the columns one type, or leave a part out",
         )
+
+
+def _widest(parts: Sequence[Features]) -> dict[str, Any]:
+    """The type of each column, with the keys of objects that any part has."""
+    wider: dict[str, Any] = {}
+    for features in parts:
+        for name, feature in features.items():
+            wider[name] = _wider(wider[name], feature) if name in wider else feature
+    return wider
+
+
+def _wider(first: Any, second: Any) -> Any:
+    """One type for two that differ in the keys of their objects; else the first as it is."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        both = {key: _wider(first[key], second[key]) for key in first if key in second}
+        return {**first, **second, **both}
+    if isinstance(first, List) and isinstance(second, List):
+        return List(_wider(first.feature, second.feature))
+    return second if _is_empty(first) else first
+
+
+def _widened(dataset: Dataset, wider: Mapping[str, Any]) -> Dataset:
+    """The rows with more keys in their objects; types that merely differ stay different."""
+    own = dataset.features
+    taken = {name: wider[name] if _fits(own[name], wider[name]) else own[name] for name in own}
+    if taken == dict(own):
+        return dataset
+    return dataset.cast(Features(taken), keep_in_memory=True, load_from_cache_file=False)
+
+
+def _fits(feature: Any, wider: Any) -> bool:
+    if isinstance(feature, Mapping) and isinstance(wider, Mapping):
+        return all(key in wider and _fits(feature[key], wider[key]) for key in feature)
+    if isinstance(feature, List) and isinstance(wider, List):
+        return _fits(feature.feature, wider.feature)
+    return bool(_is_empty(feature) or feature == wider)
+
+
+def _is_empty(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype == "null"
 
 
 def _from_hub(location: Location) -> Dataset:

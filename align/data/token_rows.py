@@ -1,5 +1,6 @@
 """Canonical rows of one source to token rows: cut, left out, counted."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,9 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from align.config.sections import DataSection
+from align.data.conversations import Tools
 from align.data.counts import RenderStats, lengths_of
+from align.data.exact import TOOLS
 from align.data.formats import Canonical, Purpose, raise_problems
 from align.data.sequences import Answered, Rendered, Renderer
 from align.errors import Problem, fail
@@ -35,7 +38,7 @@ TOKEN_COLUMNS: dict[Kind, tuple[str, ...]] = {
 MASK_COLUMNS = ("chosen_mask", "rejected_mask")
 """With masked format tokens: 1 for every token of an answer that is in the loss."""
 
-COUNTED = ("truncated", "escaped", "split", "ended", "tokens", "loss_tokens")
+COUNTED = ("truncated", "escaped", "split", "ended", "muted", "foreign", "tokens", "loss_tokens")
 BOOKKEEPING = {"fate", "problem", "hint", *COUNTED}
 """Columns (with a leading underscore) that say what became of a row."""
 
@@ -163,7 +166,11 @@ def check_some_kept(stats: RenderStats, data: DataSection, where: str) -> None:
         return
     reasons = (
         (stats.too_long, f"longer than max_length ({data.max_length})"),
-        (stats.no_loss, f"no token in the loss within max_length ({data.max_length})"),
+        (
+            stats.no_loss,
+            f"no token in the loss within max_length ({data.max_length}), or every answer marked "
+            "as not learned",
+        ),
         (stats.equal, "both sides the same after the cut"),
     )
     found = "; ".join(f"{count:,} {text}" for count, text in reasons if count)
@@ -189,11 +196,12 @@ def _render_batch(
     if kind == "sft":
         rows = [_sft_row(item, limit) for item in _demonstrations(batch, renderer, assistant_only)]
     elif kind == "prompts":
-        rows = [_prompt_row(item, limit) for item in renderer.prompts(batch["prompt"])]
+        asked_for = renderer.prompts(batch["prompt"], _tools(batch))
+        rows = [_prompt_row(item, limit) for item in asked_for]
     else:
         sides = zip(batch["chosen"], batch["rejected"], strict=True)
         asked = list(zip(batch["prompt"], sides, strict=True))
-        pairs = renderer.answers(asked, formats=mask_format)
+        pairs = renderer.answers(asked, formats=mask_format, tools=_tools(batch))
         rows = [_pair_row(item, limit, kind) for item in pairs]
     columns = [*TOKEN_COLUMNS[kind], *(MASK_COLUMNS if mask_format else ())]
     names = [*columns, "_fate", "_problem", "_hint", *(f"_{name}" for name in COUNTED)]
@@ -215,15 +223,27 @@ class _Limit:
 def _demonstrations(
     batch: Mapping[str, list[Any]], renderer: Renderer, assistant_only: bool
 ) -> list[Rendered | Problem]:
+    tools = _tools(batch)
     if "messages" in batch:
-        return renderer.chats(batch["messages"], whole=not assistant_only)
+        return renderer.chats(batch["messages"], whole=not assistant_only, tools=tools)
     if "text" in batch:
         return renderer.texts(batch["text"])
     prompts, completions = batch["prompt"], batch["completion"]
     if isinstance(prompts[0], str):
         return renderer.completions(prompts, completions)
     chats = [[*prompt, *answer] for prompt, answer in zip(prompts, completions, strict=True)]
-    return renderer.chats(chats, first=[len(prompt) for prompt in prompts])
+    return renderer.chats(chats, first=[len(prompt) for prompt in prompts], tools=tools)
+
+
+def _tools(batch: Mapping[str, list[Any]]) -> list[Tools] | None:
+    """The functions of each canonical chat of a batch."""
+    if TOOLS not in batch or isinstance(batch.get("prompt", [None])[0], str):
+        return None
+    known: dict[str | None, Tools] = {None: None}
+    for text in batch[TOOLS]:
+        if text not in known:
+            known[text] = json.loads(text)
+    return [known[text] for text in batch[TOOLS]]
 
 
 def _lost(fate: str) -> dict[str, Any]:
@@ -252,6 +272,8 @@ def _sft_row(item: Rendered | Problem, limit: _Limit) -> dict[str, Any]:
         "_truncated": int(cut),
         "_escaped": int(item.escaped),
         "_split": int(item.split),
+        "_muted": int(item.muted),
+        "_foreign": int(item.foreign),
         "_ended": int(item.ended and sum(mask) == sum(item.loss_mask)),
         "_tokens": len(ids),
         "_loss_tokens": sum(mask),

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from align.data.exact import turn_text
 from align.report.tables import interval
 from align.report.terminal import sanitise
 
@@ -91,7 +92,7 @@ def _examples(title: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         asked = row["prompt"]
         if not isinstance(asked, str):
-            asked = "\n".join(f"{turn['role']}: {turn['content']}" for turn in asked)
+            asked = "\n".join(f"{turn['role']}: {turn_text(turn)}" for turn in asked)
         lines += [f"### Prompt {row['index'] + 1}", "", *_block(asked), ""]
         for side in ("a", "b"):
             found = row[side]

@@ -1,5 +1,6 @@
 """Prompts, the answers sampled for them, and who scores the answers."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from align.config.sections import DataSection, ModelSection
+from align.data.exact import TOOLS
 from align.data.rendering import prompt_rows
 from align.data.sequences import Renderer
+from align.data.tool_use import shown
 from align.errors import AlignError, Problem
 from align.evaluation.judges import ask
 from align.generation.pairing import as_completion
@@ -35,6 +38,11 @@ class Prompt:
     def is_text(self) -> bool:
         """Whether it is plain text and no chat."""
         return isinstance(self.row["prompt"], str)
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """The functions that a chat offers."""
+        return None if self.is_text else self.row.get(TOOLS)
 
     @property
     def where(self) -> str:
@@ -182,7 +190,9 @@ class RewardModel:
             for asked, group in zip((p.row["prompt"] for p in prompts), groups, strict=True)
         ]
         sequences = []
-        for prompt, row in zip(prompts, Renderer(self.tokenizer).answers(rows), strict=True):
+        tools = [prompt.tools for prompt in prompts]
+        answered = Renderer(self.tokenizer).answers(rows, tools=tools)
+        for prompt, row in zip(prompts, answered, strict=True):
             if isinstance(row, Problem):
                 raise AlignError(replace(row, where=prompt.where))
             sequences += [[*row.prompt_ids, *ids] for ids in row.completions]
@@ -220,8 +230,19 @@ def load_prompts(
     if folder is not None:
         folder.data(rows)
     return [
-        Prompt(index, row.pop("prompt_ids"), row) for index, row in enumerate(rows.train.to_list())
+        Prompt(index, row.pop("prompt_ids"), _plain(row))
+        for index, row in enumerate(rows.train.to_list())
     ]
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as judges read it and later stages render it: functions and calls as lists."""
+    if isinstance(row["prompt"], str):
+        return row
+    made = row | {"prompt": [shown(turn) for turn in row["prompt"]]}
+    if isinstance(row.get(TOOLS), str):
+        made[TOOLS] = json.loads(row[TOOLS])
+    return made
 
 
 def load_for_answers(section: ModelSection) -> Any:

@@ -3,8 +3,8 @@
 A group is what was sampled for one prompt: `{"row": row, "completions": [{"text", "score",
 "ended"}, ...]}`, where `row["prompt"]` is text or messages. A rule is
 `rule(groups, *, seed, pairs_per_prompt, min_gap) -> list[pair]`, a pair
-`{"prompt", "chosen", "rejected", "margin", "kind"}` with the margin in units of the score.
-Equal texts count once, and equal scores make no pair.
+`{"prompt", "chosen", "rejected", "margin", "kind"}` with the margin in units of the score, and the
+row's `tools` where it offers functions. Equal texts count once, and equal scores make no pair.
 """
 
 import inspect
@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 from align.config.suggest import nearest
+from align.data.exact import TOOLS
 from align.errors import fail
 
 Group = Mapping[str, Any]
@@ -127,7 +128,13 @@ def _pair(
         "rejected": as_completion(prompt, rejected["text"]),
         "margin": gap,
         "kind": kind,
-    }
+    } | offered(row)
+
+
+def offered(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The functions that the chat of a row offers (or that it offers none), for a new row."""
+    is_chat = not isinstance(row["prompt"], str)
+    return {TOOLS: row[TOOLS]} if is_chat and TOOLS in row else {}
 
 
 def as_completion(prompt: Any, text: str) -> str | list[dict[str, str]]:
@@ -169,7 +176,30 @@ def apply_rule(
     taken = inspect.signature(rule).parameters
     known = {key: value for key, value in shared.items() if key in taken}
     pairs: dict[str, Pair] = {}
+    tools = _tools_of(groups)
     for pair in rule(groups, **known, **options):
-        key = repr((pair["prompt"], pair["chosen"], pair["rejected"]))
+        # A rule of one's own may know of prompts and answers only.
+        if TOOLS not in pair and (given := tools.get(repr(pair["prompt"]))) is not None:
+            if len(given) > 1:
+                fail(
+                    "gave a pair without `tools`, to a prompt that comes with different ones",
+                    where=f"pair rule `{getattr(rule, '__name__', rule)}`",
+                    hint="copy `tools` from the group's row into the pair",
+                )
+            pair |= given[0]
+        key = repr((pair["prompt"], pair["chosen"], pair["rejected"], pair.get(TOOLS)))
         pairs.setdefault(key, pair)
     return list(pairs.values())
+
+
+def _tools_of(groups: Sequence[Group]) -> dict[str, list[dict[str, Any]]]:
+    """Prompts that come with functions -> the different sets of them that they come with."""
+    rows = [group["row"] for group in groups]
+    found: dict[str, list[dict[str, Any]]] = {}
+    if not any(map(offered, rows)):
+        return found
+    for row in rows:
+        sets = found.setdefault(repr(row["prompt"]), [])
+        if offered(row) not in sets:
+            sets.append(offered(row))
+    return found

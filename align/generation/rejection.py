@@ -16,7 +16,7 @@ from align.generation.answers import (
     load_for_answers,
     say_positions,
 )
-from align.generation.pairing import as_completion, ranking
+from align.generation.pairing import as_completion, offered, ranking
 from align.generation.processes import gathered, in_shares
 from align.generation.samples import PartFiles
 from align.report.progress import Meter, progress
@@ -151,7 +151,7 @@ def demonstrations(prompts: Sequence[Prompt], groups: Sequence[Group]) -> list[R
     for prompt, group in zip(prompts, groups, strict=True):
         kept = [answer for answer in group.answers if answer.kept]
         for answer in sorted(kept, key=lambda answer: -answer.verdict["score"]):
-            rows.append(demonstration(prompt.row["prompt"], answer.text))
+            rows.append(demonstration(prompt.row["prompt"], answer.text) | offered(prompt.row))
     return rows
 
 

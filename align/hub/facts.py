@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from align.data.cards import CARD, Card, read_card
+from align.data.exact import turn_text
 from align.durable import read_json
 from align.errors import fail
 from align.lineage import file_sha256
@@ -350,7 +351,7 @@ def _prompt_text(prompt: str) -> str:
         return prompt
     if not isinstance(turns, list):
         return prompt
-    return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
+    return "\n".join(f"{turn.get('role')}: {turn_text(turn)}" for turn in turns)
 
 
 def is_local(name: str) -> bool:

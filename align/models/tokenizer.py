@@ -272,15 +272,22 @@ def render_text(
 
 def render_marked(
     tokenizer: PreTrainedTokenizerBase,
-    chats: Sequence[Sequence[Mapping[str, str]]],
+    chats: Sequence[Sequence[Mapping[str, Any]]],
     *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     markers: bool = False,
     add_generation_prompt: bool = False,
 ) -> tuple[list[str], list[list[tuple[int, int]]]]:
-    """As `render_text`, with the characters inside `{% generation %}` markers as (start, end)."""
+    """As `render_text`, with the characters inside `{% generation %}` markers as (start, end).
+
+    `tools` are the functions that all of these chats offer; a tokenizer with a template of its own
+    for them (`tool_use`) is asked for that one.
+    """
+    given = [dict(tool) for tool in tools] if tools else None
     return render_jinja_template(  # type: ignore[no-any-return]
         conversations=[list(chat) for chat in chats],
-        chat_template=tokenizer.get_chat_template(),
+        tools=given,
+        chat_template=tokenizer.get_chat_template(tools=given),
         return_assistant_tokens_mask=markers,
         add_generation_prompt=add_generation_prompt,
         **tokenizer.special_tokens_map,

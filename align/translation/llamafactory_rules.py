@@ -88,7 +88,10 @@ RULES: Rules = {
         "align has no such switch",
     ),
     **rules.drops("mix_strategy interleave_probs", "`data.datasets` takes entries with weights"),
-    **rules.drops("mask_history", "every assistant turn is in the loss"),
+    **rules.drops(
+        "mask_history",
+        "every assistant turn is in the loss, but for those with `weight: 0` in the rows",
+    ),
     **rules.drops("enable_thinking", "the chat template decides"),
     **rules.drops(
         "ref_model_adapters ref_model_quantization_bit", "the reference is the start itself"

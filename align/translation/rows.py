@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from align.data.exact import MARKS
 from align.translation.work import Work
 
 TRAIN, TEST = "train", "test"
@@ -122,6 +123,7 @@ FIELDS = {
     "field_chosen": "chosen",
     "field_rejected": "rejected",
     "field_prompt": "prompt",
+    "field_tools": "tools",
     "field": "text",
 }
 
@@ -143,6 +145,12 @@ def axolotl_list(work: Work) -> None:
             work.remark("datasets", "prompt texts of a type of its own are left out")
         elif form:
             work.remark("datasets", f"type `{form}`: the form of rows is recognised")
+        mark = item.get("message_field_training")
+        if mark and mark not in MARKS:
+            known = ", ".join(f"`{name}`" for name in MARKS)
+            work.remark(
+                "datasets", f"marks in `{mark}` are not read: rename that key to one of {known}"
+            )
         columns = {ours: str(theirs) for ours, theirs in columns.items() if ours != theirs}
         entries.append(found | ({"columns": columns} if columns else {}))
     if entries:
@@ -204,6 +212,7 @@ def _looked_up(item: Mapping[str, Any], folder: str) -> dict[str, Any]:
         ours.get(name, name): str(column)
         for name, column in (given.items() if isinstance(given, Mapping) else ())
         if ours.get(name, name) != column
-        and name in ("prompt", "query", "response", "messages", "chosen", "rejected", "system")
+        and name
+        in ("prompt", "query", "response", "messages", "chosen", "rejected", "system", "tools")
     }
     return found | ({"columns": columns} if columns else {})

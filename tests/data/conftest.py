@@ -161,3 +161,32 @@ def write(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return to_file
+
+
+@pytest.fixture(scope="session")
+def llama31(bpe):
+    """The same vocabulary under Llama 3.1's template, which has a place for tools."""
+    import copy
+
+    from align.models.tokenizer import shipped_template
+
+    made = copy.deepcopy(bpe)
+    made.chat_template = shipped_template("llama3.1")
+    return made
+
+
+@pytest.fixture
+def render_with_tools(write, llama31):
+    """A function: rows (or a path), kind, keys of the data section -> rendered rows."""
+
+    from align.config.sections import DataSection
+    from align.data.rendering import prompt_rows, training_rows
+
+    def run(rows, kind="sft", tokenizer=llama31, *, options=None, **keys):
+        path = rows if isinstance(rows, str) else write(rows)
+        data = DataSection(dataset_name=path, max_length=None, **keys)
+        if kind == "prompts":
+            return prompt_rows(data, tokenizer)
+        return training_rows(data, tokenizer, kind, **(options or {}))
+
+    return run

@@ -412,7 +412,7 @@ BAD_ROWS = [
         "demonstrations",
         CHAT,
         {"messages": [U, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
-        "message 2 of `messages` calls a tool",
+        "call 1 of `tool_calls` of message 2 of `messages` names no function",
     ),
     (
         "demonstrations",

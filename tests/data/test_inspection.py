@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from align.data.inspection import coloured, inspect_stage, packed_sequences
 from align.data.rendering import training_rows
+from align.errors import AlignError
 from align.stages.dpo import DPOConfig
 from align.stages.evaluate import EvalConfig
 from align.stages.reward import RewardConfig
@@ -88,6 +89,40 @@ def test_every_token_is_shown_with_its_place_in_the_loss(config, capsys):
     )
     assert "⟦two ships<|eot_id|>⟧" in shown
     assert "row 2" not in shown
+
+
+def test_a_turn_marked_as_not_learned_is_shown_outside_the_loss(config, bpe, capsys):
+    row = {"messages": [U, B | {"weight": 0}, U, A | {"weight": 1}]}
+    inspect_stage(config(SFTConfig, [row, CHAT]), rows=1)
+    shown = capsys.readouterr().out
+    assert "no ships at all<|eot_id|>" in shown
+    assert "⟦two ships<|eot_id|>⟧" in shown
+    assert shown.count("⟦") == 1
+    assert "1 row with answers that are marked as not learned" in shown
+    inspect_stage(config(SFTConfig, [row]), as_json=True)
+    (found,) = lines(capsys)
+    on = [token for token, mask in zip(found["ids"], found["loss_mask"], strict=True) if mask]
+    assert bpe.decode(on) == "two ships<|eot_id|>"
+
+
+@pytest.mark.parametrize("kind", [SFTConfig, DPOConfig, RewardConfig, SampleConfig, EvalConfig])
+def test_tools_are_shown_or_refused_by_every_stage(config, capsys, kind):
+    call = {"name": "count", "arguments": {"of": "ships"}}
+    asks = {"role": "assistant", "content": "", "tool_calls": [call]}
+    row = {"prompt": [U], "chosen": [asks], "rejected": [A]}
+    row = {"messages": [U, asks]} if kind is SFTConfig else row
+    row |= {"tools": [{"type": "function", "function": {"name": "count", "parameters": {}}}]}
+    made = config(kind, [row], max_length=None)
+    with pytest.raises(AlignError, match="does not read them"):
+        inspect_stage(made)
+    if kind is EvalConfig:  # its models bring their own templates
+        return
+    model = made.model.model_copy(update={"chat_template_path": "llama3.1"})
+    inspect_stage(made.model_copy(update={"model": model}))
+    shown = capsys.readouterr().out
+    assert '"name": "count", "parameters": {}}' in shown
+    called = '{"type": "function", "name": "count", "parameters": {"of": "ships"}}<|eot_id|>⟧'
+    assert (called in shown) == (kind is not SampleConfig)
 
 
 def test_what_was_cut_is_told(config, capsys):

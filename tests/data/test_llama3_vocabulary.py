@@ -224,3 +224,76 @@ def test_tools_calls_and_their_results(name, builtin):
     ).tokens
     header = form._encode_header("assistant")
     assert ids == expected[: -len(header)]
+
+
+def meta_ids_and_mask(system: str, turns: list[dict]) -> tuple[list[int], list[int]]:
+    """Ids by Meta's ChatFormat, calls by its own writer of them, and 1 for each token of the assistant."""
+    from llama_models.datatypes import RawMessage, StopReason, ToolCall
+
+    form = meta_llama.chat_format()
+    ids, mask = [form.tokenizer.bos_id], [0]
+    for number, turn in enumerate([{"role": "system", "content": system}, *turns]):
+        calls = [
+            ToolCall(
+                call_id=f"{number}{place}", tool_name=call["name"], arguments=call["arguments"]
+            )
+            for place, call in enumerate(c["function"] for c in turn.get("tool_calls", ()))
+        ]
+        more = {"tool_calls": calls, "stop_reason": StopReason.end_of_turn} if calls else {}
+        message = RawMessage(role=turn["role"], content=turn["content"], **more)
+        tokens, _ = form.encode_message(message, form_of_calls())
+        header = len(form._encode_header(turn["role"]))
+        ids += tokens
+        mask += [0] * header + [int(turn["role"] == "assistant")] * (len(tokens) - header)
+    return ids, mask
+
+
+def form_of_calls():
+    from llama_models.llama3.chat_format import ToolPromptFormat
+
+    return ToolPromptFormat.json
+
+
+ARGUMENTS = [
+    {"n": 3},
+    {},
+    {"city": "Zurich", "days": [1, 2.5, None], "deep": {"a": True}},
+    {"text": 'a "quoted"\nline\\ with <|eot_id|> inside'},
+]
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "llama3.2"])
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+@pytest.mark.parametrize("content", ["", "Let me look."])
+def test_rows_with_tools_have_metas_ids_and_the_calls_in_the_loss(name, arguments, content):
+    """Every token behind the system turn's text is Meta's; calls and answers are in the loss."""
+    tokenizer = with_template(name)
+    call = {"type": "function", "function": {"name": "songs", "arguments": arguments}}
+    turns = [
+        {"role": "user", "content": "Songs?"},
+        {"role": "assistant", "content": content, "tool_calls": [call]},
+        {"role": "tool", "content": '["a", "<|eom_id|>"]', "name": "songs"},
+        {"role": "assistant", "content": "a and b"},
+        {"role": "user", "content": "Thanks."},
+        {"role": "assistant", "content": "Welcome.", "weight": 0},
+    ]
+    row = render_messages(tokenizer, turns, tools=[TOOL])
+    system = json.dumps(TOOL)
+    text = tokenizer.decode(row.input_ids)
+    head = text.partition("<|end_header_id|>\n\n")[2].partition(system)[0]
+    ids, mask = meta_ids_and_mask(f"{head}{system}\n\n", turns)
+    last = len(meta_llama.chat_format().tokenizer.encode("Welcome.", bos=False, eos=False)) + 1
+    assert row.input_ids == ids
+    assert row.loss_mask == [*mask[:-last], *[0] * last]
+    prompt = render_prompt(tokenizer, turns[:3], [TOOL])
+    assert prompt == row.input_ids[: len(prompt)]
+
+
+def test_letters_beyond_ascii_in_a_call_are_written_as_they_are():
+    """As every chat template on the Hub does (transformers' `tojson`); Meta's own code writes \\u00fc."""
+    call = {"function": {"name": "songs", "arguments": {"city": "Zürich"}}}
+    turns = [CHAT[1], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    tokenizer = with_template("llama3.1")
+    row = render_messages(tokenizer, turns, tools=[TOOL])
+    assert '{"city": "Zürich"}}<|eot_id|>' in tokenizer.decode(row.input_ids)
+    assert row.input_ids == tokenizer.apply_chat_template(turns, tools=[TOOL])["input_ids"]

@@ -78,11 +78,32 @@ def test_parts_of_several_splits_know_their_rows(write, tmp_path):
     assert source.where(2).endswith("b.jsonl row 1")
 
 
-def test_shards_with_other_types_are_refused(write, tmp_path):
-    write([{"a": 1}], "all/train-0.jsonl")
-    write([{"a": "x"}], "all/train-1.jsonl")
+@pytest.mark.parametrize(
+    "values", [(1, "x"), ("x", 1), ({"b": 1}, {"b": "x", "c": 1}), ([1], ["x"])]
+)
+def test_shards_with_other_types_are_refused(write, tmp_path, values):
+    for number, value in enumerate(values):
+        write([{"a": value}], f"all/train-{number}.jsonl")
     with pytest.raises(AlignError, match="columns of different types"):
         load_sources(DataSection(dataset_name=str(tmp_path / "all")))
+
+
+def test_shards_whose_objects_have_other_keys_are_one_source(write, tmp_path):
+    parts = [
+        {"a": [{"b": 1}]},
+        {"a": [{"c": {"d": "x"}}]},
+        {"a": [{"c": {"e": None}}]},
+        {"a": None},
+    ]
+    for number, row in enumerate(parts):
+        write([row], f"all/train-{number}.jsonl")
+    (source,) = load_sources(DataSection(dataset_name=str(tmp_path / "all")))
+    assert [row["a"] for row in source.dataset] == [
+        [{"b": 1, "c": None}],
+        [{"b": None, "c": {"d": "x", "e": None}}],
+        [{"b": None, "c": {"d": None, "e": None}}],
+        None,
+    ]
 
 
 def test_a_changed_file_is_read_again(write):

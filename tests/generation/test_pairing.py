@@ -145,3 +145,35 @@ def test_unknown_options_are_refused(rule, options, message):
 
 def test_known_options_pass():
     check_options("noisy", noisy, {"noise": 0.2, "contrast": 3})
+
+
+SONGS = [{"type": "function", "function": {"name": "songs"}}]
+WEATHER = [{"type": "function", "function": {"name": "weather"}}]
+
+
+def offering(tools: Any, *scored: tuple[str, float], prompt: Any = MESSAGES) -> dict[str, Any]:
+    made = group(*scored, prompt=prompt)
+    return made | {"row": made["row"] | {"tools": tools}}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_pairs_offer_the_tools_of_their_prompt(name):
+    two = (("a", 1.0), ("b", 0.0))
+    groups = [offering(SONGS, *two), offering(WEATHER, *two), offering(None, *two)]
+    plain = offering(SONGS, *two, prompt="text")
+    options = {"seed": 0, "pairs_per_prompt": 1, "min_gap": 0.0, "options": {}}
+    pairs = apply_rule(RULES[name], [*groups, plain], **options)
+    assert [pair.get("tools", "none") for pair in pairs] == [SONGS, WEATHER, None, "none"]
+
+
+def test_a_rule_that_knows_no_tools_gets_them_or_is_told():
+    def own(groups):
+        answers = {"chosen": "a", "rejected": "b", "margin": 1.0, "kind": "own"}
+        return [{"prompt": found["row"]["prompt"]} | answers for found in groups]
+
+    options = {"seed": 0, "pairs_per_prompt": 1, "min_gap": 0.0, "options": {}}
+    other = [{"role": "user", "content": "When?"}]
+    (first, second) = apply_rule(own, [offering(SONGS), offering(None, prompt=other)], **options)
+    assert (first["tools"], second["tools"]) == (SONGS, None)
+    with pytest.raises(AlignError, match="comes with different ones"):
+        apply_rule(own, [offering(SONGS), offering(WEATHER)], **options)

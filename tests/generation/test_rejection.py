@@ -51,6 +51,17 @@ def test_demonstrations_take_the_form_of_the_prompt_the_best_first():
     ]
 
 
+def test_demonstrations_keep_the_tools_of_their_prompt():
+    found = group(*MIXED)
+    kept(found)
+    tools = [{"type": "function", "function": {"name": "songs"}}]
+    (row,) = demonstrations([Prompt(0, [1], {"prompt": CHAT, "tools": tools})], [found])
+    assert row["tools"] == tools
+    assert row["messages"][:-1] == CHAT
+    (row,) = demonstrations([Prompt(0, [1], {"prompt": "Q:", "tools": tools})], [found])
+    assert "tools" not in row
+
+
 def test_rules_see_the_row_and_no_empty_answer():
     found = group(*MIXED, ("", 1.0, True))
     prompt = Prompt(0, [1], {"prompt": CHAT, "task": "t"})

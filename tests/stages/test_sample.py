@@ -1,5 +1,6 @@
 """`align sample` end to end on random models: what it writes, how it goes on, what it refuses."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -11,9 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from align.config.sections import DataSection
+from align.data.rendering import training_rows
 from align.errors import AlignError
 from align.generation.scoring import RewardScorer
 from align.models.loading import load_reward_model
+from align.models.tokenizer import shipped_template
 from align.registry import JUDGES, PAIR_RULES
 from align.runs import Stopped, run_stage
 from align.stages.sample import SampleConfig
@@ -206,6 +210,55 @@ def test_a_reward_model_with_another_template_reads_the_text(
     ]
     expected = RewardScorer(model, its_tokenizer).score(sequences)
     assert [s["score"] for s in answered] == pytest.approx(expected, abs=1e-5)
+
+
+def test_prompts_with_tools_are_sampled_scored_and_handed_on_with_them(
+    config, reward_model, tokenizer, tmp_path
+):
+    """The reward model has a template of its own, so it reads prompt, functions and answer anew."""
+    songs = {"type": "function", "function": {"name": "songs", "parameters": {"n": {"x": None}}}}
+    call = {"type": "function", "function": {"name": "songs", "arguments": {"n": 3}}}
+    chat = [
+        {"role": "user", "content": "Songs?"},
+        {"role": "assistant", "content": "", "tool_calls": [call], "weight": 0},
+        {"role": "tool", "content": "a, b"},
+    ]
+    file, other = tmp_path / "tools.jsonl", tmp_path / "other"
+    rows = [{"prompt": chat, "tools": [songs]}, {"prompt": chat[:1]}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(reward_model, other)
+    changed = shipped_template("llama3.1").replace("These functions", "Functions")
+    (other / "chat_template.jinja").write_text(changed)
+    made = config(scorer={"reward_model": str(other)}, data={"dataset_name": str(file)})
+    model = made.model.model_copy(update={"chat_template_path": "llama3.1"})
+    artifact = run(made.model_copy(update={"model": model}))
+    samples = pq.read_table(artifact / "samples.parquet").to_pylist()
+    reward, its_tokenizer = load_reward_model(str(other))
+    sequences = []
+    for sample in samples:
+        asked, tools = json.loads(sample["prompt"]), json.loads(sample["row"])["tools"]
+        assert (asked, tools) == ((chat, [songs]) if tools else (chat[:1], None))
+        turns = [*asked, {"role": "assistant", "content": sample["completion"]}]
+        sequences.append(its_tokenizer.apply_chat_template(turns, tools=tools, return_dict=False))
+    expected = RewardScorer(reward, its_tokenizer).score(sequences)
+    pairs = zip(samples, expected, strict=True)
+    assert all(s["score"] == pytest.approx(e, abs=1e-5) for s, e in pairs if s["completion"])
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = shipped_template("llama3.1")
+    for name, kind in (("sft", "sft"), ("pairs", "dpo")):
+        written = rows_of(artifact / f"{name}.jsonl")
+        assert {json.dumps(row["tools"]) for row in written} <= {json.dumps([songs]), "null"}
+        section = DataSection(dataset_name=str(artifact / f"{name}.jsonl"), max_length=None)
+        made_rows = training_rows(section, tokenizer, kind).train
+        prompts = {row["prompt_index"]: row for row in samples}
+        assert len(made_rows) == len(written)
+        assert len(prompts) == 2
+        for row, source in zip(made_rows, written, strict=True):
+            ids = row["input_ids"] if kind == "sft" else row["prompt_ids"]
+            assert ('"name": "songs"' in tokenizer.decode(ids)) == bool(source["tools"])
+            if kind == "sft":  # the call is context: the mark came along
+                learned = tokenizer.decode([i for i in row["labels"] if i != -100])
+                assert learned == source["messages"][-1]["content"] + "<|eot_id|>"
 
 
 def stop_in_part_two(monkeypatch, error: BaseException) -> list[str]:

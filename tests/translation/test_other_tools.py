@@ -187,6 +187,16 @@ def test_axolotl():
     assert not [text for text in notes.values() if ": unknown" in text]
 
 
+def test_axolotl_tools_and_marks():
+    """The keys that align reads by itself need no word; another one has to be renamed in the rows."""
+    entry = "  - {path: org/a, type: chat_template, field_tools: functions, message_field_training: KEY}"
+    base = f"base_model: m\nmicro_batch_size: 1\noutput_dir: o\ndatasets:\n{entry}\n"
+    config = converted(base.replace("KEY", "train"))
+    assert config.data.datasets[0].columns == {"tools": "functions"}
+    assert "marks in" not in fates(base.replace("KEY", "train"))["datasets"]
+    assert "marks in `learn` are not read" in fates(base.replace("KEY", "learn"))["datasets"]
+
+
 def test_axolotl_methods():
     base = "base_model: m\nmicro_batch_size: 1\ndatasets: [{path: org/p, type: chat_template}]\noutput_dir: o\n"
     assert made(base + "rl: dpo\nrl_beta: 0.3\n").values["beta"] == 0.3

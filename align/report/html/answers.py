@@ -11,6 +11,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from align.data.exact import turn_text
 from align.report.html.exam import Exam
 from align.report.html.gather import Run
 from align.report.html.text import clean, number
@@ -238,7 +239,7 @@ def _turns(prompt: str) -> Iterator[tuple[str, str]]:
         yield "", _cut(prompt)
         return
     for turn in turns:
-        yield str(turn.get("role") or ""), _cut(str(turn.get("content") or ""))
+        yield str(turn.get("role") or ""), _cut(turn_text(turn))
 
 
 def _cut(text: str) -> str:
