@@ -24,17 +24,23 @@ STARTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "how"),
-    [("sft", "flag"), ("sft", "accelerate"), ("reward", "flag"), ("dpo", "torchrun")],
+    ("stage", "how", "given"),
+    [
+        ("sft", "flag", []),
+        ("sft", "accelerate", []),
+        ("reward", "flag", []),
+        ("dpo", "torchrun", []),
+        ("dpo", "flag", ["--set", "precompute_ref_log_probs=true"]),
+    ],
 )
-def test_two_processes_give_the_losses_of_one(llama, tmp_path, stage, how):
+def test_two_processes_give_the_losses_of_one(llama, tmp_path, stage, how, given):
     one = recipe(tmp_path, llama, stage, batch=4)
     two = recipe(tmp_path, llama, stage, batch=2)
-    alone = start([sys.executable, "cli.py", stage, "--recipe", str(one)])
+    alone = start([sys.executable, "cli.py", stage, "--recipe", str(one), *given])
     assert alone.returncode == 0, alone.stderr
     command = [part.format(stage=stage) for part in STARTS[how]]
     more = [] if how == "flag" else ["--set", "launch.num_processes=2"]
-    both = start([*command, "--recipe", str(two), *more])
+    both = start([*command, "--recipe", str(two), *more, *given])
     assert both.returncode == 0, both.stderr
     expected, found = losses(tmp_path / "out-4"), losses(tmp_path / "out-2")
     assert len(expected) == 4

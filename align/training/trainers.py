@@ -7,6 +7,7 @@ DPO refuses to train from a wrong reference.
 import math
 from contextlib import nullcontext
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -180,6 +181,13 @@ class DPOTrainer(_SharedPairs, trl.DPOTrainer):  # type: ignore[misc]
             self.check_reference(loss[0] if return_outputs else loss)
             self.reference_checked = True
         return loss
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        # TRL reads in every process what the main one wrote, but pairs held in memory have a folder in each.
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        dataset._get_cache_file_path = lambda mark: str(folder / f"reference-{name}-{mark}.arrow")
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def check_reference(self, loss: torch.Tensor) -> None:
         """Refuse to train unless the first batch shows policy == reference.
