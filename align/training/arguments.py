@@ -71,18 +71,22 @@ def _common(trainer: TrainerSection, checkpoints: Path) -> dict[str, Any]:
         "logging_first_step": True,
         "dataloader_pin_memory": cuda,
         "push_to_hub": False,
-        **({} if cuda else _on_cpu()),
+        **_sharded(cuda=cuda),
     }
 
 
-def _on_cpu() -> dict[str, Any]:
-    """What lets weights be sharded on CPUs, which accelerate turns off where it is told of them."""
+def _sharded(*, cuda: bool) -> dict[str, Any]:
+    """What sharded weights ask for. On CPUs accelerate turns sharding off where it is told of them."""
     sharding = sharding_in_force()
     if sharding is None:
         return {}
-    if sharding.way == "FSDP":  # keeps the state that `align.launch` made
-        return {"accelerator_config": {"use_configured_state": True}}
-    return {"use_cpu": False, "ddp_backend": "gloo"}
+    if sharding.way == "FSDP":
+        # Else every process keeps whole gradients from one micro-batch of a step to the next.
+        config: dict[str, Any] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+        if not cuda:
+            config["use_configured_state"] = True  # the one that `align.launch` made
+        return {"accelerator_config": config}
+    return {} if cuda else {"use_cpu": False, "ddp_backend": "gloo"}
 
 
 def build(kind: type[Arguments], given: dict[str, Any], extra: dict[str, Any]) -> Arguments:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 from align.errors import AlignError
@@ -37,6 +38,16 @@ def test_a_process_takes_one_gpu_of_several(tmp_path: Path):
 
     assert Seen(str(tmp_path), use_cpu=True).n_gpu == 4
     assert build(Seen, {"output_dir": str(tmp_path), "use_cpu": True}, {}).n_gpu == 1
+
+
+def test_sharded_gradients_are_taken_apart_after_every_micro_batch(tmp_path: Path, monkeypatch):
+    """Else each process keeps the gradients of the whole model while a step's micro-batches are added up."""
+    assert sft_arguments(config(), tmp_path).accelerator_config.gradient_accumulation_kwargs is None
+    PartialState(cpu=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    found = sft_arguments(config(), tmp_path).accelerator_config.gradient_accumulation_kwargs
+    assert found == {"sync_each_batch": True}
 
 
 def test_every_wrong_extra_is_named_at_once(tmp_path: Path):
