@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from accelerate.utils.operations import convert_to_fp32
@@ -80,13 +80,14 @@ def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
 def all_finite(model: torch.nn.Module) -> bool:
     """Whether every trained weight is finite; each process looks at its shares, and all agree."""
     shares = [share for parameter, share in _shares(model) if parameter.requires_grad]
-    return in_all(all(bool(torch.isfinite(share).all()) for share in shares), shares[0].device)
+    return in_all(all(bool(torch.isfinite(share).all()) for share in shares))
 
 
-def in_all(verdict: bool, device: torch.device) -> bool:
+def in_all(verdict: bool) -> bool:
     """Whether it holds in every process: what one of them found may not send it another way than the others."""
     if distributed.is_available() and distributed.is_initialized():
-        votes = torch.tensor(int(verdict), device=device)
+        # Between GPUs only what lies on them is sent, and shares may be offloaded to the CPU.
+        votes = torch.tensor(int(verdict), device=PartialState().device)
         distributed.all_reduce(votes, distributed.ReduceOp.MIN)
         return bool(votes)
     return verdict
@@ -113,8 +114,9 @@ def _gathered_zero3(trainer: Trainer) -> dict[str, Tensor]:
     unset_hf_deepspeed_config()  # what the main process loads from now on is its own
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PeftModel):
-        found: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
-        return found
+        # What accelerate calls too, but only where `zero3_save_16bit_model` is set, which is for checkpoints.
+        found: dict[str, Tensor] | None = trainer.model_wrapped._zero3_consolidated_16bit_state_dict()
+        return found or {}
     from deepspeed.runtime.zero import GatheredParameters
 
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}

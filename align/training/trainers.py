@@ -115,7 +115,7 @@ class _SharedPairs(_TokenPairs):
             batch = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
             ids, mask = batch["input_ids"], batch["attention_mask"]
             agreed = [agrees_with_padding(one, ids, mask) for one in self._models]
-            self.shares_prompts = in_all(all(agreed), ids.device)
+            self.shares_prompts = in_all(all(agreed))
         return self.shares_prompts
 
 
