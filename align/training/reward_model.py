@@ -80,7 +80,9 @@ def save_and_verify(
         device=torch.device("cpu") if sharded else None,
     )
     if sharded and trainer.args.bf16:
-        loaded.to(torch.bfloat16)  # as its pieces were when they were brought together
+        # As its pieces were when they were brought together; buffers (the angles of positions) stayed exact.
+        for parameter in loaded.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
     scorer = RewardScorer(loaded, its_tokenizer)
     after = np.concatenate(score_pairs(scorer, few, VERIFIED_PAIRS))
     # Over a quantized base adapters are bfloat16 and products are rounded, whatever the other weights are.
