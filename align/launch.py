@@ -144,7 +144,7 @@ def check_world(launch: LaunchSection) -> None:
                 where=f"launch.accelerate: {launch.accelerate}",
                 hint="use `accelerate launch --config_file` with that file, or no launcher",
             )
-    if world is not None and world > 1:
+    if world is not None and (world > 1 or any(map(_on, SHARDED))):
         _join(world)
 
 

@@ -1,4 +1,4 @@
-"""FSDP2: two processes that hold half of every weight each train, save and resume as one that holds all."""
+"""FSDP2 and ZeRO-3: two processes that hold half of every weight each train, save and resume as one that holds all."""
 
 import json
 import math
@@ -80,7 +80,7 @@ FULL = {"lora__use_peft": False, "trainer__learning_rate": 1e-3}
     ("stage", "given"),
     [
         ("sft", {"trainer__gradient_checkpointing": True}),
-        ("sft", FULL),
+        ("sft", {**FULL, "trainer__gradient_accumulation_steps": 2}),
         ("sft", {"merge_adapter": True}),
         ("reward", {"data__test_split_size": 5, "trainer__max_steps": 2}),
         ("reward", FULL),
@@ -107,6 +107,16 @@ def test_half_of_every_weight_gives_what_all_of_it_gives(llama, tmp_path, stage,
         assert said["parameters_per_process"] < 0.55 * said["parameters"]
         if stage == "reward":
             assert_same_report(shards, whole)
+
+
+@pytest.mark.slow
+def test_one_process_holds_every_piece(llama, tmp_path):
+    rows = recipe(tmp_path, llama, "sft", batch=4)
+    alone = ["--num-processes", "1", "--accelerate", "fsdp2", *settings(trainer__max_steps=1)]
+    done = start([*CLI, "sft", "--recipe", str(rows), *alone])
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "out-4/summary.json").read_text())
+    assert said["parameters_per_process"] == said["parameters"]
 
 
 @pytest.mark.slow
