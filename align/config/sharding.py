@@ -19,6 +19,9 @@ SHARDED_STAGES = ("sft", "reward", "dpo")
 
 KEY = ("launch", "accelerate")
 
+BITSANDBYTES = ("8bit", "paged", "bnb", "ademamix")
+"""Parts of the names of its optimizers; `adamw_torch_8bit` is torchao's."""
+
 
 class Sharding(NamedTuple):
     """How weights are taken apart."""
@@ -82,6 +85,10 @@ def _deepspeed(stage: Any, file: str | None) -> Sharding | None:
     return Sharding("ZeRO-3") if str(stage) == "3" else None
 
 
+def _of_bitsandbytes(optimizer: str) -> bool:
+    return "torch" not in optimizer and any(part in optimizer for part in BITSANDBYTES)
+
+
 def sharding_troubles(config: StageConfig, sharding: Sharding | None) -> Iterator[Trouble]:
     """What of a stage cannot be done with weights in pieces."""
     if sharding is None:
@@ -101,6 +108,8 @@ def sharding_troubles(config: StageConfig, sharding: Sharding | None) -> Iterato
         ("lora", "trainable_token_indices"): lora.use_peft and lora.trainable_token_indices,
         ("lora", "lora_modules_to_save"): lora.use_peft and lora.lora_modules_to_save,
         ("lora", "use_dora"): way == "ZeRO-3" and lora.use_peft and lora.use_dora,
+        # bitsandbytes' kernels read past the end of FSDP2's pieces (its issue 1633).
+        ("trainer", "optim"): way == "FSDP" and _of_bitsandbytes(trainer.optim),
         ("trainer", "keep_checkpoints"): trainer.keep_checkpoints,
         ("precompute_ref_log_probs",): values.get("precompute_ref_log_probs"),
     }

@@ -69,6 +69,12 @@ def test_what_needs_whole_weights_is_refused_by_its_key(key, value):
     assert "needs whole weights" in found[key]
 
 
+def test_optimizers_of_bitsandbytes_are_refused_under_fsdp2_alone():
+    assert list(problems("trainer.optim=paged_adamw_32bit")) == ["trainer.optim"]
+    assert load_stage(recipe(accelerate="zero3"), ["trainer.optim=adamw_8bit"])
+    assert load_stage(recipe(), ["trainer.optim=adamw_torch_8bit"])
+
+
 def test_dora_is_refused_under_zero3_alone():
     assert load_stage(recipe(), ["lora.use_dora=true"]).config.lora.use_dora
     assert list(problems("lora.use_dora=true", accelerate="zero3")) == ["lora.use_dora"]
