@@ -115,7 +115,9 @@ def _gathered_zero3(trainer: Trainer) -> dict[str, Tensor]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PeftModel):
         # What accelerate calls too, but only where `zero3_save_16bit_model` is set, which is for checkpoints.
-        found: dict[str, Tensor] | None = trainer.model_wrapped._zero3_consolidated_16bit_state_dict()
+        found: dict[str, Tensor] | None = (
+            trainer.model_wrapped._zero3_consolidated_16bit_state_dict()
+        )
         return found or {}
     from deepspeed.runtime.zero import GatheredParameters
 
