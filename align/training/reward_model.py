@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,8 @@ Array = NDArray[np.float64]
 REPORT_PAIRS = 2000
 """Pairs scored at most for the report."""
 VERIFIED_PAIRS = 4
+VERIFIED_TOKENS = 256
+"""Taken from the end of each answer: a sharded model is proven on a CPU, where long ones would take hours."""
 REPORT_BATCH = 64
 
 
@@ -59,7 +62,7 @@ def save_and_verify(
     sharded = is_sharded(trainer)
     if not (folder.is_main or sharded):
         return
-    few = rows.train.select(range(min(VERIFIED_PAIRS, len(rows.train))))
+    few = _verified(rows)
     scorer = RewardScorer(model, tokenizer, sharded=sharded)
     before = np.concatenate(score_pairs(scorer, few, VERIFIED_PAIRS))
     # Whole weights need not fit on one GPU: what is reported of them is computed while they are in pieces.
@@ -74,6 +77,8 @@ def save_and_verify(
     full_model = config.merge_adapter or not isinstance(model, PeftModel)
     del weights
     _make_room(trainer)
+    if sharded:  # the other processes wait, and launchers give each one thread
+        torch.set_num_threads(os.cpu_count() or 1)
     loaded, its_tokenizer = load_reward_model(
         str(artifact),
         None if full_model else config.model,
@@ -137,6 +142,14 @@ def _make_room(trainer: Trainer) -> None:
             trainer.model.to("cpu")
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _verified(rows: RenderedData) -> Dataset:
+    def ends(row: dict[str, list[int]]) -> dict[str, list[int]]:
+        return {side: row[side][-VERIFIED_TOKENS:] for side in ("chosen_ids", "rejected_ids")}
+
+    few = rows.train.select(range(min(VERIFIED_PAIRS, len(rows.train))))
+    return few.map(ends, keep_in_memory=True)
 
 
 def _reported(rows: RenderedData) -> Dataset:
