@@ -31,6 +31,13 @@ SHARDED = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED
 """`distributed_type` of an accelerate config -> the variable that says it is in force."""
 
 
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for one that works alone (proves a reward model, writes a large artifact)."""
+
+DEEPSPEED = (0, 19)
+"""The oldest DeepSpeed: before it rotary frequencies were rounded to bfloat16 with the weights."""
+
+
 def launched_world() -> int | None:
     """How many processes a launcher started; None where no launcher started this one.
 
@@ -157,6 +164,20 @@ def _refuse_silent_single() -> NoReturn:
     )
 
 
+def _require_deepspeed() -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    hint = (
+        "pip install 'align[deepspeed]' (after torch, with DS_BUILD_OPS=0 and --no-build-isolation)"
+    )
+    try:
+        found = version("deepspeed")
+    except PackageNotFoundError:
+        fail("DeepSpeed is not installed", where="launch.accelerate", hint=hint)
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < DEEPSPEED:
+        fail(f"DeepSpeed {found} is too old", where="launch.accelerate", hint=hint)
+
+
 def _on(kind: str) -> bool:
     return os.environ.get(SHARDED[kind], "").lower() == "true"
 
@@ -171,20 +192,18 @@ def join_state() -> Any:
     import torch
     from accelerate import DistributedType, PartialState
 
-    patience = {"timeout": timedelta(hours=2)}
+    if _on("DEEPSPEED"):
+        _require_deepspeed()
     if torch.accelerator.is_available():
-        return PartialState(**patience)
+        return PartialState(timeout=PATIENCE)
     if _on("DEEPSPEED"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        try:
-            import deepspeed.ops
-        except ImportError:
-            fail("DeepSpeed is not installed", where="launch", hint="`pip install deepspeed`")
+        import deepspeed.ops
 
         # A quicker collective between CPUs, which would need a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        return PartialState(backend="gloo", **patience)
-    state = PartialState(cpu=True, **patience)
+        return PartialState(backend="gloo", timeout=PATIENCE)
+    state = PartialState(cpu=True, timeout=PATIENCE)
     if _on("FSDP"):
         state.distributed_type = DistributedType.MULTI_GPU  # of which accelerate makes FSDP
     return state

@@ -30,3 +30,5 @@ def make_ready() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # DeepSpeed sets a level of its own when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

@@ -73,6 +73,14 @@ def assert_close(run: Path, other: Path) -> None:
 
 
 FULL = {"lora__use_peft": False, "trainer__learning_rate": 1e-3}
+UNTIED = {
+    **FULL,
+    "data__test_split_size": 4,
+    "trainer__eval_strategy": "steps",
+    "trainer__eval_steps": 1,
+    "trainer__max_steps": 3,
+}
+"""Of a model with a head of its own, evaluated on the way."""
 
 
 @pytest.mark.slow
@@ -86,11 +94,12 @@ FULL = {"lora__use_peft": False, "trainer__learning_rate": 1e-3}
         ("reward", FULL),
         ("reward", {"merge_adapter": True}),
         ("dpo", {}),
-        ("dpo", FULL),
+        ("dpo", UNTIED),
     ],
 )
-def test_half_of_every_weight_gives_what_all_of_it_gives(llama, tmp_path, stage, given):
-    one, two = (recipe(tmp_path, llama, stage, batch=batch) for batch in (4, 2))
+def test_half_of_every_weight_gives_what_all_of_it_gives(make_llama, tmp_path, stage, given):
+    model = make_llama(tie=given is not UNTIED)
+    one, two = (recipe(tmp_path, model, stage, batch=batch) for batch in (4, 2))
     alone = start([*CLI, stage, "--recipe", str(one), *settings(**given)])
     assert alone.returncode == 0, alone.stderr
     whole, expected = tmp_path / "out-4", losses(tmp_path / "out-4")
@@ -134,6 +143,23 @@ def test_losses_of_bfloat16_pieces_are_in_float32(llama, tmp_path, stage):
     assert found == pytest.approx(expected, abs=0.02)
     if stage == "dpo":
         assert found[0] == pytest.approx(math.log(2), abs=1e-6)  # 0.6914 in bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["stack", "continue"])
+def test_an_adapter_that_dpo_starts_from(llama, tmp_path, mode):
+    (tmp_path / "sft").mkdir()
+    sft = start([*CLI, "sft", "--recipe", str(recipe(tmp_path / "sft", llama, "sft", batch=4))])
+    assert sft.returncode == 0, sft.stderr
+    adapter = str(tmp_path / "sft/out-4/artifact")
+    given = settings(model__adapter_name_or_path=adapter, model__adapter_mode=mode)
+    one, two = (recipe(tmp_path, llama, "dpo", batch=batch) for batch in (4, 2))
+    alone = start([*CLI, "dpo", "--recipe", str(one), *given])
+    assert alone.returncode == 0, alone.stderr
+    both = start([*CLI, "dpo", "--recipe", str(two), *sharded(tmp_path, "fsdp2"), *given])
+    assert both.returncode == 0, both.stderr
+    assert losses(tmp_path / "out-2") == pytest.approx(losses(tmp_path / "out-4"), abs=1e-5)
+    assert_close(tmp_path / "out-2", tmp_path / "out-4")
 
 
 def assert_same_report(run: Path, other: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from align.errors import fail
+from align.launch import PATIENCE
 from align.report.progress import Meter
 from align.runs import RunFolder
 from align.stopping import Stopped
@@ -173,7 +174,7 @@ class SignalCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if _distributed():
             # Flags go over the CPU: waiting for the GPU at each step would cost its queue.
-            self.group = distributed.new_group(backend="gloo")
+            self.group = distributed.new_group(backend="gloo", timeout=PATIENCE)
         for number in self.SIGNALS:
             self.kept[number] = signal.signal(number, self._receive)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from align.generation.sampler import unwrapped
 from align.training.flat import Segment, segments_attended
@@ -118,18 +119,22 @@ def agrees_with_padding(model: Any, ids: Tensor, mask: Tensor) -> bool:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _states(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """The backbone's last hidden states in a pass of the whole model, in which alone sharded weights are brought
-    together."""
+    """The backbone's last hidden states."""
     base = unwrapped(model)
+    backbone = getattr(base, base.base_model_prefix)
+    given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if not isinstance(model, FSDPModule):
+        alone: Tensor = backbone(**given).last_hidden_state
+        return alone
+    # FSDP2 brings weights together in passes of the whole model only. (ZeRO-3 does it in each module, and one that
+    # began with a head in evaluation would not find it in training.)
     found: list[Tensor] = []
-
-    def keep(_: Any, __: Any, output: Any) -> None:
-        found.append(output.last_hidden_state)
-
-    kept = getattr(base, base.base_model_prefix).register_forward_hook(keep)
+    kept = backbone.register_forward_hook(
+        lambda _, __, output: found.append(output.last_hidden_state)
+    )
     few = {"logits_to_keep": 1} if "logits_to_keep" in signature(base.forward).parameters else {}
     try:
-        model(input_ids=ids, attention_mask=mask, use_cache=False, **few)
+        model(**given, **few)
     finally:
         kept.remove()
     return found[0]

@@ -92,7 +92,8 @@ def save_and_verify(
     after = np.concatenate(score_pairs(scorer, few, VERIFIED_PAIRS))
     # Over a quantized base adapters are bfloat16 and products are rounded, whatever the other weights are.
     full = str(loaded.dtype) == "torch.float32" and not getattr(model, "is_quantized", False)
-    precision = 1e-4 if full else 3e-2
+    # Pieces may have been computed on GPUs, whose kernels round otherwise than those of the CPU.
+    precision = 1e-4 if full else 0.1 if sharded else 3e-2
     difference = float(np.abs(after - before).max())
     if difference > precision * max(1.0, float(np.abs(before).max())):
         fail(
