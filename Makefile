@@ -16,11 +16,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/align run recipes/tiny/pipeline.yaml
 
-# ZeRO-3 is tested too. DeepSpeed asks for torch while it is built, and compiles nothing here.
+# ZeRO-3 is tested too, where DeepSpeed can be installed: it asks for torch while it is built, and compiles nothing here.
 .venv/.deepspeed: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation deepspeed
-	touch $@
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation deepspeed \
+	  && touch $@ || echo "DeepSpeed could not be installed: the tests of ZeRO-3 are left out"
 
 test: $(READY) .venv/.deepspeed
 	$(BIN)/python -m pytest -n 2 -m "not slow"
