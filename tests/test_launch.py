@@ -255,8 +255,10 @@ def bad_rows(tmp_path):
 
 
 @pytest.mark.slow
-def test_errors_of_launched_processes_keep_their_exit_code(bad_rows):
-    done = start(["align", "sft", "--recipe", "r.yaml", "--num-processes", "2"], bad_rows)
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_errors_of_launched_processes_keep_their_exit_code(bad_rows, way):
+    words = ["--num-processes", "2", "--accelerate", way]
+    done = start(["align", "sft", "--recipe", "r.yaml", *words], bad_rows)
     assert done.returncode == 2, done.stderr
     assert "rows.jsonl row 1" in done.stderr
     assert "Traceback" not in done.stderr
@@ -266,22 +268,14 @@ def test_errors_of_launched_processes_keep_their_exit_code(bad_rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--accelerate", "fsdp2", "--num-processes", "2"], "FSDP needs a GPU"),
-        (["--accelerate", "zero3", "--num-processes", "2"], "DEEPSPEED needs a GPU"),
-        (["--accelerate", "ddp"], "it is not said how many processes to start"),
-    ],
-)
-def test_what_cannot_be_launched_is_refused(words, message, bad_rows):
+def test_what_cannot_be_launched_is_refused(bad_rows):
     import torch
 
     if torch.accelerator.is_available():
         pytest.skip("there is a GPU")
-    done = start(["align", "sft", "--recipe", "r.yaml", *words], bad_rows)
+    done = start(["align", "sft", "--recipe", "r.yaml", "--accelerate", "ddp"], bad_rows)
     assert done.returncode == 2
-    assert message in done.stderr
+    assert "it is not said how many processes to start" in done.stderr
     assert "Traceback" not in done.stderr
 
 
