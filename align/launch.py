@@ -20,15 +20,13 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from align.config.sections import LaunchSection
+from align.config.sharding import SWITCHES, turned_on
 from align.config.yaml import read
 from align.errors import AlignError, fail
 from align.resources import accelerate_config, accelerate_names, display
 
 ACCELERATE_MARK = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
 """Set by `accelerate launch` alone, for one process as for many."""
-
-SHARDED = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED"}
-"""`distributed_type` of an accelerate config -> the variable that says it is in force."""
 
 
 PATIENCE = timedelta(hours=2)
@@ -144,14 +142,14 @@ def check_world(launch: LaunchSection) -> None:
             "align starts its own processes",
         )
     kind = str(_config(launch)[1].get("distributed_type")) if launch.accelerate else ""
-    for name in SHARDED:
-        if kind == name and not _on(name):
+    for name in SWITCHES:
+        if kind == name and not turned_on(name):
             fail(
                 f"asks for {name}, and the launcher did not turn it on",
                 where=f"launch.accelerate: {launch.accelerate}",
                 hint="use `accelerate launch --config_file` with that file, or no launcher",
             )
-    if world is not None and (world > 1 or any(map(_on, SHARDED))):
+    if world is not None and (world > 1 or any(map(turned_on, SWITCHES))):
         _join(world)
 
 
@@ -178,10 +176,6 @@ def _require_deepspeed() -> None:
         fail(f"DeepSpeed {found} is too old", where="launch.accelerate", hint=hint)
 
 
-def _on(kind: str) -> bool:
-    return os.environ.get(SHARDED[kind], "").lower() == "true"
-
-
 def join_state() -> Any:
     """Join the process group, for as long as a main process may work alone while the others wait.
 
@@ -192,11 +186,11 @@ def join_state() -> Any:
     import torch
     from accelerate import DistributedType, PartialState
 
-    if _on("DEEPSPEED"):
+    if turned_on("DEEPSPEED"):
         _require_deepspeed()
     if torch.accelerator.is_available():
         return PartialState(timeout=PATIENCE)
-    if _on("DEEPSPEED"):
+    if turned_on("DEEPSPEED"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed.ops
 
@@ -204,7 +198,7 @@ def join_state() -> Any:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         return PartialState(backend="gloo", timeout=PATIENCE)
     state = PartialState(cpu=True, timeout=PATIENCE)
-    if _on("FSDP"):
+    if turned_on("FSDP"):
         state.distributed_type = DistributedType.MULTI_GPU  # of which accelerate makes FSDP
     return state
 

@@ -19,6 +19,9 @@ SHARDED_STAGES = ("sft", "reward", "dpo")
 
 KEY = ("launch", "accelerate")
 
+SWITCHES = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED"}
+"""`distributed_type` of an accelerate config -> the variable that says it is in force."""
+
 BITSANDBYTES = ("8bit", "paged", "bnb", "ademamix")
 """Parts of the names of its optimizers; `adamw_torch_8bit` is torchao's."""
 
@@ -52,12 +55,17 @@ def asked_sharding(launch: LaunchSection) -> Sharding | None:
     return None
 
 
+def turned_on(kind: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher turned FSDP or DEEPSPEED on for this process."""
+    return environment.get(SWITCHES[kind], "").lower() == "true"
+
+
 def sharding_in_force(environment: Mapping[str, str] = os.environ) -> Sharding | None:
     """What a launcher turned on for this process."""
-    if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if turned_on("FSDP", environment):
         version = environment.get("FSDP_VERSION", "1")
         return _fsdp(version, environment.get("FSDP_STATE_DICT_TYPE"))
-    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+    if turned_on("DEEPSPEED", environment):
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         return _deepspeed(stage, environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
     return None

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from align.data.exact import strings_in
 from align.data.tool_use import LEAVE_OUT, shown
 from align.errors import Problem
 from align.models.tokenizer import ChatFacts
@@ -115,21 +116,9 @@ def strings_of(conversation: Conversation) -> Iterator[str]:
     for turn in conversation.turns:
         yield turn["content"]
         if len(turn) > 2:
-            yield from _strings({k: v for k, v in turn.items() if k not in ("role", "content")})
+            yield from strings_in({k: v for k, v in turn.items() if k not in ("role", "content")})
     if conversation.tools:
-        yield from _strings(conversation.tools)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield key
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
+        yield from strings_in(conversation.tools)
 
 
 def swapped(conversation: Conversation, texts: Mapping[str, str]) -> Conversation:

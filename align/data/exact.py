@@ -6,7 +6,7 @@ refused. Functions and arguments differ from row to row, so they are held as the
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 TOOLS = "tools"
@@ -50,3 +50,16 @@ def turn_text(turn: Mapping[str, Any]) -> str:
     calls = turn.get("tool_calls")
     parts = [str(turn.get("content") or ""), as_text(calls) if calls else ""]
     return "\n".join(filter(None, parts))
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield key
+            yield from strings_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings_in(item)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.data.exact import strings_in
 from align.durable import read_json
 from align.errors import AlignError, Problem, fail
 from align.hub.facts import RunFacts, is_local
@@ -207,7 +208,7 @@ def check_private(folder: Path, run: RunFacts) -> None:
         text = file.read_text(encoding="utf-8", errors="replace")
         if holds_secret(text):
             problems.append(Problem("holds what looks like an access token", file.name))
-        written = _strings(json.loads(text)) if file.suffix == ".json" else [text]
+        written = strings_in(json.loads(text)) if file.suffix == ".json" else [text]
         if file.name == "tokenizer.json":
             written = []
         local = [place for place in sorted(places) for value in written if place in value]
@@ -218,15 +219,3 @@ def check_private(folder: Path, run: RunFacts) -> None:
             )
     if problems:
         raise AlignError(*problems)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield key
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)

@@ -62,7 +62,9 @@ def save_and_verify(
     sharded = is_sharded(trainer)
     if not (folder.is_main or sharded):
         return
-    few = _verified(rows)
+    few = rows.train.select(range(min(VERIFIED_PAIRS, len(rows.train))))
+    if sharded:
+        few = few.map(_ends, keep_in_memory=True)
     scorer = RewardScorer(model, tokenizer, sharded=sharded)
     before = np.concatenate(score_pairs(scorer, few, VERIFIED_PAIRS))
     # Whole weights need not fit on one GPU: what is reported of them is computed while they are in pieces.
@@ -84,16 +86,17 @@ def save_and_verify(
         None if full_model else config.model,
         device=torch.device("cpu") if sharded else None,
     )
-    if sharded and trainer.args.bf16:
+    reduced = sharded and trainer.args.bf16
+    if reduced:
         # As its pieces were when they were brought together; buffers (the angles of positions) stayed exact.
         for parameter in loaded.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
     scorer = RewardScorer(loaded, its_tokenizer)
     after = np.concatenate(score_pairs(scorer, few, VERIFIED_PAIRS))
     # Over a quantized base adapters are bfloat16 and products are rounded, whatever the other weights are.
-    full = str(loaded.dtype) == "torch.float32" and not getattr(model, "is_quantized", False)
+    full = str(model.dtype) == "torch.float32" and not getattr(model, "is_quantized", False)
     # Pieces may have been computed on GPUs, whose kernels round otherwise than those of the CPU.
-    precision = 1e-4 if full else 0.1 if sharded else 3e-2
+    precision = 1e-4 if full and not reduced else 0.1 if reduced else 3e-2
     difference = float(np.abs(after - before).max())
     if difference > precision * max(1.0, float(np.abs(before).max())):
         fail(
@@ -145,12 +148,8 @@ def _make_room(trainer: Trainer) -> None:
         torch.cuda.empty_cache()
 
 
-def _verified(rows: RenderedData) -> Dataset:
-    def ends(row: dict[str, list[int]]) -> dict[str, list[int]]:
-        return {side: row[side][-VERIFIED_TOKENS:] for side in ("chosen_ids", "rejected_ids")}
-
-    few = rows.train.select(range(min(VERIFIED_PAIRS, len(rows.train))))
-    return few.map(ends, keep_in_memory=True)
+def _ends(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {side: row[side][-VERIFIED_TOKENS:] for side in ("chosen_ids", "rejected_ids")}
 
 
 def _reported(rows: RenderedData) -> Dataset:

@@ -267,7 +267,8 @@ def test_an_adapter_is_no_full_model_and_the_reverse():
 
 
 def test_full_fine_tuning_leaves_a_full_model():
-    load(BASE.replace("    merge_adapter: true\n", "    lora: {use_peft: false}\n"))
+    full = load(BASE.replace("    merge_adapter: true\n", "    lora: {use_peft: false}\n"))
+    assert produces(full.stages["sft"].config) == "policy"
 
 
 def test_answers_where_pairs_are_and_the_reverse():
@@ -279,7 +280,8 @@ def test_answers_where_pairs_are_and_the_reverse():
 
 
 def test_text_that_begins_with_a_dollar_is_no_reference():
-    load(BASE.replace("org/chats", "org/chats, system_prompt: $price"))
+    given = load(BASE.replace("org/chats", "org/chats, system_prompt: $price"))
+    assert given.stages["sft"].config.data.system_prompt == "$price"
 
 
 def test_kinds_of_artifacts():

@@ -33,7 +33,7 @@ def load(kind: str, *overrides: str):
 
 @pytest.mark.parametrize("kind", STAGES)
 def test_the_plain_recipes_are_right(kind):
-    load(kind)
+    assert load(kind).stage == kind
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_values_that_do_not_go_together(kind, overrides, key, words):
     ],
 )
 def test_values_that_go_together(kind, overrides):
-    load(kind, *overrides)
+    assert load(kind, *overrides).stage == kind
 
 
 def test_a_wrong_value_is_not_told_twice():

@@ -190,3 +190,19 @@ def render_with_tools(write, llama31):
         return training_rows(data, tokenizer, kind, **(options or {}))
 
     return run
+
+
+@pytest.fixture
+def render(write, bpe):
+    """A function: rows (or the path of a file), kind, keys of the data section -> rendered rows."""
+    from align.config.sections import DataSection
+    from align.data.rendering import prompt_rows, training_rows
+
+    def run(rows, kind="sft", *, options=None, **keys):
+        path = rows if isinstance(rows, str) else write(rows)
+        data = DataSection(dataset_name=path, **keys)
+        if kind == "prompts":
+            return prompt_rows(data, bpe)
+        return training_rows(data, bpe, kind, **(options or {}))
+
+    return run

@@ -7,10 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from learned import learned
 
 from align.config.sections import DataSection
 from align.data.exact import MARKS
-from align.data.rendering import prompt_rows, training_rows
+from align.data.rendering import training_rows
 from align.data.sequences import Renderer, render_messages
 from align.errors import AlignError
 
@@ -18,24 +19,6 @@ U = {"role": "user", "content": "How many ships?"}
 A = {"role": "assistant", "content": "two ships"}
 B = {"role": "assistant", "content": "none at all"}
 FAMILIES = ["llama3", "chatml", "mistral", "gemma", "phi3"]
-
-
-@pytest.fixture
-def render(write, bpe):
-    """A function: rows (or a path), keys -> rendered rows."""
-
-    def run(rows, kind="sft", *, options=None, **keys):
-        path = rows if isinstance(rows, str) else write(rows)
-        data = DataSection(dataset_name=path, **keys)
-        if kind == "prompts":
-            return prompt_rows(data, bpe)
-        return training_rows(data, bpe, kind, **(options or {}))
-
-    return run
-
-
-def learned(tokenizer, row) -> str:
-    return tokenizer.decode([label for label in row["labels"] if label != -100])
 
 
 def marked(key: str, first, second) -> dict:

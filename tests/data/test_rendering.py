@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from learned import learned
 
 from align.config.sections import DataSection
-from align.data.rendering import prompt_rows, training_rows
+from align.data.rendering import training_rows
 from align.errors import AlignError
 
 U = {"role": "user", "content": "how many ships?"}
@@ -12,23 +13,6 @@ A = {"role": "assistant", "content": "two ships"}
 B = {"role": "assistant", "content": "no ships at all"}
 CHAT = {"messages": [U, A]}
 PAIR = {"prompt": [U], "chosen": [A], "rejected": [B]}
-
-
-@pytest.fixture
-def render(write, bpe):
-    """A function: rows, kind, keys of the data section -> rendered rows."""
-
-    def run(rows, kind="sft", *, options=None, **keys):
-        data = DataSection(dataset_name=write(rows), **keys)
-        if kind == "prompts":
-            return prompt_rows(data, bpe)
-        return training_rows(data, bpe, kind, **(options or {}))
-
-    return run
-
-
-def learned(tokenizer, row) -> str:
-    return tokenizer.decode([label for label in row["labels"] if label != -100])
 
 
 def test_labels_are_the_tokens_in_the_loss(render, bpe):
